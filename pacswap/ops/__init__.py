@@ -1,0 +1,17 @@
+"""The mathematics on tensors: one public function per operation, several backends behind it."""
+
+from pacswap.ops.backends import explain
+from pacswap.ops.conv import attach_kernel_gradient, pac_conv2d
+from pacswap.ops.kernel import adapting_kernel, blended, standardized
+from pacswap.ops.window import Window, make_window
+
+__all__ = [
+    "Window",
+    "adapting_kernel",
+    "attach_kernel_gradient",
+    "blended",
+    "explain",
+    "make_window",
+    "pac_conv2d",
+    "standardized",
+]

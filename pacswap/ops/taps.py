@@ -1,0 +1,44 @@
+"""PAC tap by tap in ordinary torch operations: what `torch.compile`, `torch.export` and ONNX see.
+
+Nothing here is larger than one input or one output, no gather and no unfold, so the code exports with
+dynamic sizes; autograd differentiates it any number of times but keeps one product per tap.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pacswap.ops.precision import compute_dtype
+from pacswap.ops.window import Window
+
+
+def squared_distance(guidance: Tensor, window: Window) -> Tensor:
+    """As `reference.squared_distance`, one tap at a time."""
+    size = window.output_size(guidance.shape[-2], guidance.shape[-1])
+    padded = window.padded(guidance)
+    seen = [padded[:, :, rows, columns] for rows, columns in window.slices(size)]
+    centre = seen[window.centre]
+    return torch.stack([(tap - centre).square().sum(1) for tap in seen], dim=1)
+
+
+def pac_conv2d(
+    input: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int
+) -> Tensor:
+    """As `reference.pac_conv2d`: a sum of 1×1 convolutions, one per tap."""
+    size = window.output_size(input.shape[-2], input.shape[-1])
+    padded = window.padded(input)
+    wide = compute_dtype(input.dtype)
+    KW = window.kernel_size[1]
+    output: Tensor | None = None
+    for t, (rows, columns) in enumerate(window.slices(size)):
+        seen = padded[:, :, rows, columns] * kernel[:, :, t]  # [B, C_in, H_out, W_out]
+        filters = weight[:, :, t // KW : t // KW + 1, t % KW : t % KW + 1]
+        # Sums over taps in half precision would lose a digit that a plain convolution keeps.
+        part = F.conv2d(seen, filters, groups=groups).to(wide)
+        output = part if output is None else output + part
+    assert output is not None
+    if bias is not None:
+        output = output + bias[:, None, None]
+    return output.to(input.dtype)

@@ -1,0 +1,156 @@
+"""The geometry of a 2-D window: where its taps lie, what is padded, which tap is the centre."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pacswap.errors import ShapeError, quoted
+
+Size2: TypeAlias = "int | tuple[int, int] | list[int]"
+Padding: TypeAlias = "Size2 | Literal['same', 'valid']"
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window as `torch.nn.Conv2d` moves it over an image.
+
+    Attributes:
+        kernel_size: (KH, KW).
+        stride: (vertical, horizontal), in pixels.
+        dilation: (vertical, horizontal), in pixels.
+        pad: (left, right, top, bottom), in pixels, as `torch.nn.functional.pad` takes it.
+        padding_mode: one of `PADDING_MODES`.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    pad: tuple[int, int, int, int]
+    padding_mode: str
+
+    @property
+    def taps(self) -> int:
+        """KH·KW."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def centre(self) -> int:
+        """The tap that lies on the output pixel: the middle one, the earlier of two in an even side.
+
+        (k−1)//2 is where `padding="same"` puts the output pixel, for even sides too.
+        """
+        KH, KW = self.kernel_size
+        return (KH - 1) // 2 * KW + (KW - 1) // 2
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H_out, W_out) for an image of that size.
+
+        Raises:
+            ShapeError: the padded image is smaller than the window.
+        """
+        left, right, top, bottom = self.pad
+        room_y = height + top + bottom - self.dilation[0] * (self.kernel_size[0] - 1) - 1
+        room_x = width + left + right - self.dilation[1] * (self.kernel_size[1] - 1) - 1
+        if room_y < 0 or room_x < 0:
+            raise ShapeError(
+                f"the window is larger than the padded image: kernel_size={self.kernel_size}, "
+                f"dilation={self.dilation}, padding={self.pad} (left, right, top, bottom), "
+                f"image {height}×{width}. Use a larger image or more padding."
+            )
+        return room_y // self.stride[0] + 1, room_x // self.stride[1] + 1
+
+    def padded(self, x: Tensor) -> Tensor:
+        """`x` [B, C, H, W] with its border, [B, C, H + top + bottom, W + left + right]."""
+        if not any(self.pad):
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self.pad, mode=mode)
+
+    def slices(self, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+        """For each tap, the (rows, columns) of a padded image that it sees over the whole output."""
+        KH, KW = self.kernel_size
+        for i in range(KH):
+            for j in range(KW):
+                yield self._slice(0, i, size), self._slice(1, j, size)
+
+    def _slice(self, axis: int, index: int, size: tuple[int, int]) -> slice:
+        start, step = index * self.dilation[axis], self.stride[axis]
+        return slice(start, start + (size[axis] - 1) * step + 1, step)
+
+    def inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """Which taps see the image and not its zero padding: bool [1, KH·KW, H_out, W_out], or None.
+
+        None means that every tap does, because nothing is padded or the border has values of its own.
+        """
+        if self.padding_mode != "zeros" or not any(self.pad):
+            return None
+        size = self.output_size(height, width)
+        image = self.padded(torch.ones(1, 1, height, width, device=device))[0, 0]
+        return torch.stack([image[at] > 0 for at in self.slices(size)])[None]
+
+
+def make_window(
+    kernel_size: Size2,
+    *,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    padding_mode: str = "zeros",
+) -> Window:
+    """Check and normalise the options of a convolution.
+
+    Args:
+        kernel_size: KH·KW taps; an int for a square window.
+        stride: step between output pixels.
+        padding: pixels added on both sides, `"valid"` (none) or `"same"` (the output is as large as
+            the input; stride 1 only; the odd pixel goes to the right and to the bottom).
+        dilation: step between taps.
+        padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
+
+    Raises:
+        ShapeError: an option is out of range.
+    """
+    size = _pair("kernel_size", kernel_size, least=1)
+    strides = _pair("stride", stride, least=1)
+    dilations = _pair("dilation", dilation, least=1)
+    if padding_mode not in PADDING_MODES:
+        raise ShapeError(f"padding_mode={padding_mode!r} is unknown. Known: {quoted(PADDING_MODES)}.")
+    pad = _resolve_padding(padding, size, strides, dilations)
+    return Window(size, strides, dilations, pad, padding_mode)
+
+
+def _resolve_padding(
+    padding: Padding, size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise ShapeError(
+                f"padding={padding!r} is unknown. Use an int, a pair of ints, 'same' or 'valid'."
+            )
+        if stride != (1, 1):
+            raise ShapeError(
+                f"padding='same' needs stride 1, got stride={stride}. Give the padding as numbers."
+            )
+        total_y, total_x = (d * (k - 1) for d, k in zip(dilation, size, strict=True))
+        return total_x // 2, total_x - total_x // 2, total_y // 2, total_y - total_y // 2
+    vertical, horizontal = _pair("padding", padding, least=0)
+    return horizontal, horizontal, vertical, vertical
+
+
+def _pair(name: str, value: Size2, *, least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
+        raise ShapeError(f"{name} must be an int or a pair of ints, got {value!r}.")
+    if min(pair) < least:
+        raise ShapeError(f"{name} must be at least {least}, got {value!r}.")
+    return pair[0], pair[1]
