@@ -3,6 +3,7 @@
 from pacswap.ops.backends import explain
 from pacswap.ops.conv import attach_kernel_gradient, pac_conv2d
 from pacswap.ops.kernel import adapting_kernel, blended, standardized
+from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window, make_window
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "adapting_kernel",
     "attach_kernel_gradient",
     "blended",
+    "compute_dtype",
     "explain",
     "make_window",
     "pac_conv2d",

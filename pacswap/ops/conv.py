@@ -57,7 +57,11 @@ def pac_conv2d(
         torch.Size([1, 16, 8, 8])
     """
     window = make_window(
-        _spatial(weight), stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
+        _spatial(weight),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        padding_mode=padding_mode,
     )
     input, kernel, weight, bias = _checked(input, kernel, weight, bias, window, groups)
     return choose(backend).pac_conv2d(input, kernel, weight, bias, window, groups)

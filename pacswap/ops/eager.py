@@ -85,7 +85,9 @@ class _SquaredDistance(torch.autograd.Function):
 
 class _PacConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+    def forward(
+        input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int
+    ) -> Tensor:
         size = window.output_size(input.shape[-2], input.shape[-1])
         wide = compute_dtype(input.dtype)
         padded = _channels_last(window.padded(input), wide)  # [B, H', W', C_in]
@@ -192,7 +194,7 @@ def _gradients(
 
 
 def _add_product(output: Tensor, seen: Tensor, filters: Tensor) -> None:
-    """output += seen @ filters, group by group; [.., G·c] and [G, c, o] make [.., G·o]."""
+    """Output += seen @ filters, group by group; [.., G·c] and [G, c, o] make [.., G·o]."""
     G, c, o = filters.shape
     if G == 1:
         output.view(-1, o).addmm_(seen.view(-1, c), filters[0])

@@ -29,7 +29,9 @@ def check_floating(**tensors: Tensor | None) -> None:
     kinds = {(tensor.dtype, tensor.device) for tensor in given.values()}
     if len(kinds) == 1 and all(tensor.is_floating_point() for tensor in given.values()):
         return
-    listed = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items())
+    listed = ", ".join(
+        f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items()
+    )
     raise ShapeError(f"expected floating-point tensors of one dtype on one device, got {listed}.")
 
 
@@ -43,9 +45,7 @@ def autocast_to(dtype_of: Tensor, *tensors: Tensor | None) -> tuple[Tensor | Non
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # Like autocast itself: float64 is left alone.
-    return tuple(
-        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors
-    )
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def differentiable_vjp(

@@ -23,7 +23,9 @@ def gather(x: Tensor, window: Window) -> Tensor:
     """
     size = window.output_size(x.shape[-2], x.shape[-1])
     padded = window.padded(x)
-    return torch.stack([padded[:, :, rows, columns] for rows, columns in window.slices(size)], dim=2)
+    return torch.stack(
+        [padded[:, :, rows, columns] for rows, columns in window.slices(size)], dim=2
+    )
 
 
 def squared_distance(guidance: Tensor, window: Window) -> Tensor:

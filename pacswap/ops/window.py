@@ -122,7 +122,9 @@ def make_window(
     strides = _pair("stride", stride, least=1)
     dilations = _pair("dilation", dilation, least=1)
     if padding_mode not in PADDING_MODES:
-        raise ShapeError(f"padding_mode={padding_mode!r} is unknown. Known: {quoted(PADDING_MODES)}.")
+        raise ShapeError(
+            f"padding_mode={padding_mode!r} is unknown. Known: {quoted(PADDING_MODES)}."
+        )
     pad = _resolve_padding(padding, size, strides, dilations)
     return Window(size, strides, dilations, pad, padding_mode)
 
