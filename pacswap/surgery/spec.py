@@ -25,8 +25,9 @@ LayerPredicate: TypeAlias = Callable[[str, nn.Module], bool]
 class LayerQuery:
     """Convolutions by their properties; a property left at None matches everything.
 
-    A stage is a run, in execution order, of spatial convolutions with one output size inside one
-    numbered container (`layer3`, `stages.2`, `blocks.4`); `last_of_stage` keeps its last match.
+    Only spatial convolutions (more than one tap) are considered. A stage is the convolutions with one
+    output size inside one numbered container (`layer3`, `blocks.4`), or in the whole model where there
+    are no such containers (VGG); `last_of_stage` keeps the match that runs last in each.
     """
 
     type: str | None = None

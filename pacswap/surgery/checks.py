@@ -1,0 +1,102 @@
+"""Why a model or a layer cannot be changed. Every attribute is looked at, or the layer is refused."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from pacswap.nn import PacConv2d
+
+# Wrappers by class name: importing FSDP for an isinstance check costs a second.
+_WRAPPERS = {
+    "DataParallel": "swap before wrapping the model for several devices",
+    "DistributedDataParallel": "swap before wrapping the model for several devices",
+    "FullyShardedDataParallel": "swap before wrapping the model for several devices",
+    "OptimizedModule": "swap before torch.compile",
+    "RecursiveScriptModule": "swap before torch.jit.script",
+    "TopLevelTracedModule": "swap before torch.jit.trace",
+}
+
+_HOOKS = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+    "_backward_hooks": "a backward hook",
+}
+
+
+def why_not_model(model: nn.Module) -> str | None:
+    """Why no layer of this model can be swapped, or None."""
+    if not isinstance(model, nn.Module):
+        return f"expected a torch.nn.Module, got {type(model).__name__}"
+    for name, module in model.named_modules():
+        remedy = _WRAPPERS.get(type(module).__name__)
+        if remedy is not None:
+            where = f"'{name}' is" if name else "the model is"
+            return f"{where} wrapped in {type(module).__name__}: {remedy}"
+    swapped = [name for name, m in model.named_modules() if isinstance(m, PacConv2d)]
+    if swapped:
+        return (
+            f"the model is upgraded already ({len(swapped)} layers, the first is '{swapped[0]}'). "
+            "Name all groups in one call, or pacswap.revert the model first"
+        )
+    return None
+
+
+def why_not_conv(conv: _ConvNd) -> str | None:
+    """Why this convolution cannot become a pixel-adaptive one, or None."""
+    kind = type(conv).__name__
+    if isinstance(conv, nn.modules.conv._ConvTransposeNd):
+        return f"it is a {kind}; only Conv2d layers can be swapped"
+    if not isinstance(conv, nn.Conv2d):
+        return f"it is a {kind}; pixel-adaptive convolution is two-dimensional"
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy and has no weights yet; run the model once first"
+    if parametrize.is_parametrized(conv):
+        return (
+            "its weight is parametrized, and a swap would freeze what the parametrization computes. "
+            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if any(hasattr(conv, f"weight_{part}") for part in ("g", "orig")):
+        return (
+            "its weight is recomputed by a hook (weight_norm, spectral_norm or pruning). Remove it "
+            "first: torch.nn.utils.remove_weight_norm and its siblings"
+        )
+    hooks = why_hooked(conv)
+    if hooks is not None:
+        return f"{hooks}, which would be lost. Remove it and register it again after the swap"
+    if "forward" in vars(conv) or "_conv_forward" in vars(conv):
+        return "its forward was replaced on the instance, which would be lost"
+    own_forward = type(conv).forward is not nn.Conv2d.forward
+    if own_forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{kind} computes something else than Conv2d, which would be lost"
+    if max(conv.kernel_size) == 1:
+        return "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"
+    return None
+
+
+def why_hooked(module: nn.Module) -> str | None:
+    """Which kind of hook a module has, in words, or None."""
+    for attribute, words in _HOOKS.items():
+        if getattr(module, attribute):
+            return f"it has {words}"
+    return None
+
+
+def why_not_entered(module: nn.Module) -> str | None:
+    """Why a module's forward cannot be replaced by its trace, or None."""
+    hooks = why_hooked(module)
+    if hooks is not None:
+        return f"{hooks}, which would not run any more. Remove it first"
+    return why_not_traced(module)
+
+
+def why_not_traced(module: nn.Module) -> str | None:
+    """Why a module's method cannot be replaced by its trace although its own call remains, or None."""
+    if getattr(module, "grad_checkpointing", False):
+        return (
+            "gradient checkpointing is on, which a trace would drop. Turn it off first: "
+            "model.set_grad_checkpointing(False)"
+        )
+    return None

@@ -1,0 +1,288 @@
+"""Which method's code has to be replaced: the deepest one that runs both a layer and its guidance.
+
+Everything around that method (a detector's loop over images, a segmentation network's dictionary, the
+classifier behind `forward_features`) keeps its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from pacswap.errors import nearest, quoted
+from pacswap.surgery.checks import why_not_entered, why_not_traced
+from pacswap.surgery.plan import PlannedScope
+from pacswap.surgery.select import is_pattern, matching
+from pacswap.surgery.skeleton import Call, Entry, Observation
+from pacswap.surgery.spec import Group, GuidanceSpec
+from pacswap.surgery.trace import Trace, TraceFailure, merge_modes, trace_method
+
+IMAGE_SOURCES = ("input", "input+position")
+ROOT: Entry = ("", "forward")
+
+
+@dataclass
+class _Draft:
+    """A scope in the making."""
+
+    entry: Entry
+    groups: list[int]
+    enter: set[str] = field(default_factory=set)
+    layers: list[str] = field(default_factory=list)
+
+
+class ScopeFinder:
+    """Collects groups, merges the scopes that overlap, and traces them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bones: nn.Module,
+        seen: Observation,
+        seen_train: Callable[[], Observation],
+    ) -> None:
+        self.model, self.bones, self.seen, self.seen_train = model, bones, seen, seen_train
+        self.drafts: list[_Draft] = []
+
+    def add(self, index: int, group: Group, members: list[str]) -> list[str]:
+        """Find the scope of one group; returns faults of its guidance."""
+        faults, sources = resolve_sources(group.guidance, self.model, self.seen)
+        if faults:
+            return faults
+        seen = self.seen
+        if any(not seen.of(name) for name in members):
+            seen = self.seen_train()  # an auxiliary head that rests in eval mode
+        layer_calls = [call for name in members for call in seen.of(name)]
+        fed_by = [_guidance_calls(source, self.model, seen) for source in sources]
+        entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources)
+        draft = _Draft(entry, [index], layers=list(members))
+        for call in layer_calls:
+            draft.enter.update(_between(call.stack[:-1], entry))
+        for calls, is_label in fed_by:
+            for call in calls:
+                draft.enter.update(_between(call.stack if is_label else call.stack[:-1], entry))
+        self._merge(draft)
+        return []
+
+    def traced(self) -> Iterator[tuple[PlannedScope | None, list[int], list[str]]]:
+        """Each scope with its graphs (None if it cannot be had), its groups, and its faults."""
+        for draft in self.drafts:
+            module = self.model.get_submodule(draft.entry[0])
+            faults = self._why_not(draft, module)
+            if faults:
+                yield None, draft.groups, faults
+                continue
+            try:
+                train, evaluate = self._trace(draft)
+            except TraceFailure as failure:
+                where = f"'{draft.entry[0]}' ({type(module).__name__})" if draft.entry[0] else "the model"
+                yield None, draft.groups, [f"{where} cannot be traced: {failure}."]
+                continue
+            scope = PlannedScope(*draft.entry, type(module).__name__, train, evaluate)
+            yield scope, draft.groups, _hidden_layers(scope, draft.layers)
+
+    def _merge(self, draft: _Draft) -> None:
+        """Add a scope, absorbing or being absorbed by those that it overlaps."""
+        for other in [d for d in self.drafts if _overlap(d.entry[0], draft.entry[0])]:
+            self.drafts.remove(other)
+            outer, inner = sorted((other, draft), key=lambda d: len(d.entry[0]))
+            entry = outer.entry
+            if outer.entry[0] == inner.entry[0] and outer.entry != inner.entry:
+                entry = (outer.entry[0], "forward")
+            between = {inner.entry[0]} | set(_parents(inner.entry[0], entry[0]))
+            draft = _Draft(
+                entry,
+                sorted(outer.groups + inner.groups),
+                outer.enter | inner.enter | (between - {entry[0]}),
+                outer.layers + inner.layers,
+            )
+        self.drafts.append(draft)
+
+    def _why_not(self, draft: _Draft, module: nn.Module) -> list[str]:
+        faults = []
+        name = draft.entry[0]
+        reason = why_not_traced(module)
+        if reason is not None:
+            faults.append(f"{f'{name!r}' if name else 'the model'} cannot be rewired: {reason}.")
+        for inner in sorted(draft.enter):
+            reason = why_not_entered(self.model.get_submodule(inner))
+            if reason is not None:
+                faults.append(f"'{inner}' has to be rewired, but {reason}.")
+        return faults
+
+    def _trace(self, draft: _Draft) -> tuple[Trace, Trace | None]:
+        name, method = draft.entry
+        prefix = f"{name}." if name else ""
+        enter = [inner.removeprefix(prefix) for inner in draft.enter]
+        module = self.bones.get_submodule(name)
+        try:
+            self.bones.train()
+            train = trace_method(module, method, enter)
+            self.bones.eval()
+            evaluate = trace_method(module, method, enter)
+        finally:
+            self.bones.eval()
+        return (train, None) if merge_modes(train, evaluate) else (train, evaluate)
+
+
+def resolve_sources(
+    spec: GuidanceSpec, model: nn.Module, seen: Observation
+) -> tuple[list[str], list[str]]:
+    """(faults, sources): each source as `input`, `external`, a module that ran, or a node's label."""
+    if spec.source in IMAGE_SOURCES:
+        return [], ["input"]
+    faults: list[str] = []
+    sources: list[str] = []
+    ran = list(dict.fromkeys(call.name for call in seen.calls if call.name))
+    modules = dict(model.named_modules())
+    given = (spec.source,) if isinstance(spec.source, str) else spec.source
+    if not given:
+        faults.append("guidance is empty. Name a layer, 'input' or 'external'.")
+    for text in given:
+        if text in ("input", "external") or text in ran:
+            sources.append(text)
+        elif is_pattern(text):
+            message, found = _one_match(text, ran)
+            faults += [message] if message else []
+            sources += found
+        elif text in modules:
+            faults.append(_resting(text, modules[text], ran))
+        elif _owner_of(text, ran) is None and "." in text:
+            faults.append(no_such_source(text, ran))
+        else:
+            sources.append(text)  # perhaps a node's label: the trace will tell
+    if len(set(sources)) < len(sources):
+        faults.append(f"guidance names a source twice: {quoted(sources)}.")
+    return faults, sources
+
+
+def no_such_source(text: str, known: list[str]) -> str:
+    """The message for a guidance that is neither a module nor a node."""
+    close = nearest(text, known)
+    hint = f" Nearest: {quoted(close)}." if close else ""
+    return f"'{text}' is no layer of the model and no node of its trace.{hint}"
+
+
+def _one_match(pattern: str, ran: list[str]) -> tuple[str | None, list[str]]:
+    try:
+        found = matching(pattern, ran)
+    except ValueError as error:
+        return f"{error}.", []
+    if len(found) == 1:
+        return None, found
+    if not found:
+        close = nearest(pattern.removeprefix("re:"), ran)
+        hint = f" Nearest: {quoted(close)}." if close else ""
+        return f"'{pattern}' matches no layer.{hint}", []
+    return (
+        f"'{pattern}' matches {len(found)} layers: {quoted(found[:4])}"
+        f"{', …' if len(found) > 4 else ''}. Name one, or give a list to concatenate several.",
+        [],
+    )
+
+
+def _resting(name: str, module: nn.Module, ran: list[str]) -> str:
+    inner = [n for n in ran if n.startswith(f"{name}.") and "." not in n[len(name) + 1 :]]
+    hint = f" Layers in it that are: {quoted(inner[-3:])}." if inner else ""
+    return (
+        f"'{name}' ({type(module).__name__}) is never called when the model runs, so it has no output."
+        f"{hint}"
+    )
+
+
+def _owner_of(label: str, ran: list[str]) -> str | None:
+    """The module in whose forward a label's node would lie: its longest dotted prefix that ran."""
+    parts = label.split(".")[:-1]
+    for depth in range(len(parts), 0, -1):
+        if ".".join(parts[:depth]) in ran:
+            return ".".join(parts[:depth])
+    return None if parts else ""
+
+
+def _guidance_calls(
+    source: str, model: nn.Module, seen: Observation
+) -> tuple[list[Call], bool]:
+    """The calls that make a source, and whether it is a label (then its owner's calls)."""
+    if source in ("input", "external"):
+        return [], False
+    calls = seen.of(source)
+    if calls:
+        return calls, False
+    owner = _owner_of(source, [call.name for call in seen.calls])
+    return seen.of(owner or ""), True
+
+
+def _image_entries(seen: Observation) -> list[Entry]:
+    """The methods that receive the model's own first argument as theirs."""
+    image = next(iter(seen.arguments[ROOT][0]), None)
+    split = ("", "forward_features")
+    received = next(iter(seen.arguments.get(split, ((), {}))[0]), None)
+    return [ROOT, split] if received is not None and received is image else [ROOT]
+
+
+def _deepest_common(
+    layers: list[Call],
+    guidances: list[tuple[list[Call], bool]],
+    image_entries: list[Entry],
+    sources: list[str],
+) -> Entry:
+    """The deepest method whose every call that runs a layer also runs all of its sources."""
+    for _, entry in reversed(layers[0].stack[:-1]):
+        if "external" in sources and entry != ROOT:
+            continue
+        if "input" in sources and entry not in image_entries:
+            continue
+        around = [dict((e, order) for order, e in call.stack[:-1]).get(entry) for call in layers]
+        if any(order is None for order in around):
+            continue
+        if all(
+            set(around) <= {order for call in calls for order, e in _upper(call, label) if e == entry}
+            for calls, label in guidances
+            if calls
+        ):
+            return entry
+    return ROOT
+
+
+def _upper(call: Call, is_label: bool) -> tuple[tuple[int, Entry], ...]:
+    return call.stack if is_label else call.stack[:-1]
+
+
+def _between(stack: tuple[tuple[int, Entry], ...], entry: Entry) -> list[str]:
+    """The modules on a call stack below a scope."""
+    entries = [e for _, e in stack]
+    if entry not in entries:
+        return []
+    below = entries[len(entries) - entries[::-1].index(entry) :]
+    return [name for name, _ in below if name != entry[0]]
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or not a or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _parents(name: str, above: str) -> list[str]:
+    """The dotted names strictly between two modules."""
+    parts = name.split(".")
+    names = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return [n for n in names if len(n) > len(above)]
+
+
+def _hidden_layers(scope: PlannedScope, layers: list[str]) -> list[str]:
+    """Why layers are no nodes of a scope's graph."""
+    faults = []
+    hidden = {name: why for trace in scope.traces for name, why in trace.hidden.items()}
+    for layer in layers:
+        local = scope.local(layer)
+        if any(trace.calls.get(local) for trace in scope.traces):
+            continue
+        inside = [(n, why) for n, why in hidden.items() if local.startswith(f"{n}.")]
+        if inside:
+            name, why = max(inside, key=lambda pair: len(pair[0]))
+            full = f"{scope.module}.{name}" if scope.module else name
+            faults.append(f"cannot swap '{layer}': '{full}' around it cannot be traced: {why}.")
+        else:
+            faults.append(f"cannot swap '{layer}': it is not called as a module where it runs.")
+    return faults

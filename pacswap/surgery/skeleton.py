@@ -1,0 +1,196 @@
+"""A weightless copy of a model, and what can be seen by running it once.
+
+Tracing and shape inference leave traces in a model (caches, counters), so they work on a copy whose
+tensors live on the meta device: no memory, no arithmetic, nothing of the user's is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pacswap.errors import PlanError
+
+ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
+
+# Methods that classification networks split their `forward` into (timm's convention).
+SPLIT_METHODS = ("forward_features",)
+
+
+Entry: TypeAlias = "tuple[str, str]"  # a module's dotted name ("" for the model) and a method's
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module's `forward` or of a split method during a forward pass.
+
+    Attributes:
+        order: the position among all calls, from 1.
+        entry: whose method ran.
+        stack: the calls around it, outermost first, as (order, entry); this call is the last.
+        input_shape: of the first argument if it is a tensor.
+        output_shape: of the output if it is a tensor.
+    """
+
+    order: int
+    entry: Entry
+    stack: tuple[tuple[int, Entry], ...]
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name."""
+        return self.entry[0]
+
+
+@dataclass
+class Observation:
+    """All calls of one forward pass, in the order in which they began.
+
+    Attributes:
+        calls: the calls.
+        arguments: of the first call of each entry, on meta.
+        outputs: likewise.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    arguments: dict[Entry, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    outputs: dict[Entry, Any] = field(default_factory=dict)
+
+    def of(self, name: str) -> list[Call]:
+        """The calls of one module's `forward`."""
+        return [call for call in self.calls if call.entry == (name, "forward")]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A structural copy of `model` on the meta device, without the user's hooks.
+
+    Raises:
+        PlanError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    unregistered = (value for value in attributes if isinstance(value, Tensor))
+    for tensor in [*model.parameters(), *model.buffers(), *unregistered]:
+        meta = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = meta
+    bones = copy_model(model, memo)
+    for module in bones.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            for key in [k for k, hook in hooks.items() if not _is_library_hook(hook)]:
+                del hooks[key]
+    return bones
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of `model`.
+
+    Raises:
+        PlanError: with the reason why it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, {} if memo is None else memo)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise PlanError(
+            f"cannot copy {type(model).__name__}: {error}. pacswap works on a copy and leaves the given "
+            "model untouched; remove attributes that cannot be copied (open files, locks, tensors that "
+            "belong to an autograd graph) and try again."
+        ) from error
+
+
+def _is_library_hook(hook: Any) -> bool:
+    """Whether a hook is part of how a module works (weight norm, timm's feature hooks)."""
+    function = getattr(hook, "func", hook)
+    origin = getattr(function, "__module__", None) or type(function).__module__
+    return origin.split(".")[0] in ("torch", "timm", "torchvision")
+
+
+def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
+    """Run a skeleton once and note every call.
+
+    Args:
+        bones: what `skeleton` gave; its mode decides which path is seen.
+        example_input: a tensor, or a tuple of positional arguments; its values do not matter.
+
+    Raises:
+        PlanError: the model does not run on that input; the message has the model's own words.
+    """
+    seen = Observation()
+    undo = _watch(bones, seen)
+    try:
+        with torch.no_grad():
+            bones(*to_meta(example_input))
+    except Exception as error:  # the model's own code: anything can come out of it
+        shapes = [tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)]
+        raise PlanError(
+            f"{type(bones).__name__} does not run on an example input of shape "
+            f"{', '.join(map(str, shapes))}: {type(error).__name__}: {error}. "
+            "Pass example_input=… with a shape that the model takes."
+        ) from error
+    finally:
+        for restore in undo:
+            restore()
+    return seen
+
+
+def to_meta(example_input: ExampleInput) -> tuple[Any, ...]:
+    """The positional arguments of a model, with their tensors on the meta device."""
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
+
+
+def _watch(bones: nn.Module, seen: Observation) -> list[Callable[[], None]]:
+    """Wrap every module's `forward` and split methods; returns what undoes it."""
+    undo: list[Callable[[], None]] = []
+    stack: list[tuple[int, Entry]] = []
+    for name, module in bones.named_modules():
+        for method in ("forward", *SPLIT_METHODS):
+            if callable(getattr(module, method, None)):
+                undo.append(_watch_method(module, (name, method), seen, stack))
+    return undo
+
+
+def _watch_method(
+    module: nn.Module, entry: Entry, seen: Observation, stack: list[tuple[int, Entry]]
+) -> Callable[[], None]:
+    name = entry[1]
+    own = vars(module).get(name)
+    original = getattr(module, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        order = len(seen.calls) + 1
+        stack.append((order, entry))
+        seen.calls.append(Call(order, entry, tuple(stack), _shape(next(iter(args), None))))
+        seen.arguments.setdefault(entry, (args, kwargs))
+        output = original(*args, **kwargs)
+        stack.pop()
+        seen.calls[order - 1] = replace(seen.calls[order - 1], output_shape=_shape(output))
+        seen.outputs.setdefault(entry, output)
+        return output
+
+    def restore() -> None:
+        if own is None:
+            del vars(module)[name]
+        else:
+            vars(module)[name] = own
+
+    vars(module)[name] = watched
+    return restore
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -1,0 +1,273 @@
+"""Where a guidance is in a scope's graph, what shape it has, and whether it comes in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from pacswap.errors import quoted
+from pacswap.nn import why_not_project
+from pacswap.surgery.plan import PlannedScope
+from pacswap.surgery.scope import IMAGE_SOURCES, no_such_source
+from pacswap.surgery.skeleton import Observation
+from pacswap.surgery.spec import GuidanceSpec
+from pacswap.surgery.trace import LABEL, Trace
+
+
+@dataclass
+class Probe:
+    """What a run of a scope's graphs on meta tensors showed.
+
+    Attributes:
+        shapes: of each node's value, if it is a tensor; one dictionary for each graph.
+        overwritten: nodes whose value is changed in place after it was made.
+    """
+
+    scope: PlannedScope
+    shapes: list[dict[Node, tuple[int, ...]]] = field(default_factory=list)
+    overwritten: set[Node] = field(default_factory=set)
+
+    def shape(self, node: Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, or None if it is not a tensor."""
+        return next((shapes[node] for shapes in self.shapes if node in shapes), None)
+
+    def input_size(self, layer: str) -> tuple[int, int]:
+        """H, W of the first tensor that a layer (named relative to the scope) receives."""
+        for trace, shapes in zip(self.scope.traces, self.shapes, strict=True):
+            for node in trace.calls.get(layer, []):
+                shape = shapes[node.all_input_nodes[0]]
+                return shape[-2], shape[-1]
+        raise AssertionError(f"{layer} has no node")
+
+
+@dataclass(frozen=True)
+class Located:
+    """The sources of a guidance, found."""
+
+    spec: GuidanceSpec
+    sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    cloned: tuple[bool, ...]
+    unusable: tuple[str, ...]
+
+    def faults(self, in_channels: int | None) -> list[str]:
+        """Why these features cannot be a guidance, with that projection."""
+        faults = list(self.unusable)
+        if faults:
+            return faults
+        if in_channels is None:
+            if self.spec.channels is not None:
+                faults.append(
+                    "the number of channels of an external guidance is not known, so it cannot be "
+                    "projected. Leave channels out and project it yourself."
+                )
+            return faults
+        reason = why_not_project(in_channels, self.spec.channels)
+        return [f"{reason}."] if reason is not None else []
+
+
+def probe_scope(
+    scope: PlannedScope, bones: nn.Module, seen: Observation
+) -> tuple[Probe, str | None]:
+    """Run a scope's graphs on the arguments that its method was seen with.
+
+    Returns:
+        The probe, and what is wrong if a graph does not do what the method did.
+    """
+    probe = Probe(scope)
+    module = bones.get_submodule(scope.module)
+    entry = (scope.module, scope.method)
+    args, kwargs = seen.arguments[entry]
+    expected = seen.outputs[entry]
+    where = f"'{scope.module}'" if scope.module else "the model"
+    for trace, training in zip(scope.traces, (True, False), strict=False):
+        runner = _ShapeRunner(module, trace.graph)
+        bones.train(training)
+        try:
+            with torch.no_grad():
+                output = runner.run(*_bound(trace, args, kwargs))
+        except Exception as error:  # the model's own code
+            return probe, (
+                f"the trace of {where} does not run: {type(error).__name__}: {str(error).splitlines()[0]}."
+            )
+        finally:
+            bones.eval()
+        probe.shapes.append(runner.shapes)
+        probe.overwritten |= runner.overwritten()
+        is_eval_graph = scope.evaluate is None or not training
+        if is_eval_graph and _structure(output) != _structure(expected):
+            return probe, (
+                f"the trace of {where} returns {_structure(output)} where the model returns "
+                f"{_structure(expected)}: it does something that a trace cannot see, such as collecting "
+                "features by hooks."
+            )
+    return probe, None
+
+
+def source_node(trace: Trace, scope: PlannedScope, source: str) -> Node | None:
+    """The node that makes a source, or None if the graph has none."""
+    if source == "input":
+        return next(node for node in trace.graph.nodes if node.op == "placeholder")
+    local = scope.local(source)
+    outputs = trace.outputs.get(local)
+    if outputs:
+        value = outputs[0]
+        return value.node if isinstance(value, fx.Proxy) else None
+    return trace.labels.get(local)
+
+
+def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Located:
+    """Find a guidance's sources in a scope whose wiring has been checked."""
+    shapes: list[tuple[int, ...] | None] = []
+    cloned: list[bool] = []
+    unusable: list[str] = []
+    sources = source_names(scope, spec)
+    for source in sources:
+        nodes = [source_node(trace, scope, source) for trace in scope.traces]
+        present = [node for node in nodes if node is not None]
+        shape = probe.shape(present[0]) if present else None
+        shapes.append(shape)
+        cloned.append(any(node in probe.overwritten for node in present))
+        if source == "external":
+            continue
+        if shape is None:
+            unusable.append(
+                f"'{source}' does not return one tensor. Name a layer in it that returns a feature map."
+            )
+        elif len(shape) != 4:
+            unusable.append(
+                f"'{source}' returns {list(shape)}; a guidance is a feature map [B, D, H, W]."
+            )
+    return Located(spec, tuple(sources), tuple(shapes), tuple(cloned), tuple(unusable))
+
+
+def source_names(scope: PlannedScope, spec: GuidanceSpec) -> list[str]:
+    """The sources by name; patterns (which match one layer) replaced by what they match."""
+    if spec.source in IMAGE_SOURCES:
+        return ["input"]
+    given = (spec.source,) if isinstance(spec.source, str) else spec.source
+    return [_unpattern(scope, text) for text in given]
+
+
+def why_not_fed(
+    scope: PlannedScope, spec: GuidanceSpec, layers: list[str], seen: Observation
+) -> list[tuple[str, str]]:
+    """(field, message) for each source that a graph lacks or computes after its use."""
+    faults: list[tuple[str, str]] = []
+    for trace in scope.traces:
+        rank = {node: index for index, node in enumerate(trace.graph.nodes)}
+        for source in source_names(scope, spec):
+            if source == "external":
+                continue
+            node = source_node(trace, scope, source)
+            if node is None:
+                faults.append(("guidance", _missing(trace, scope, source, seen)))
+                continue
+            if len(trace.outputs.get(scope.local(source), [])) > 1:
+                labels = [n for n in trace.labels if n.startswith(scope.local(source))]
+                faults.append(("guidance", _ambiguous(scope, source, labels)))
+                continue
+            for layer in layers:
+                calls = trace.calls.get(scope.local(layer), [])
+                if calls and rank[node] >= rank[calls[0]]:
+                    faults.append(("guidance", _too_late(layer, source, calls[0], trace, scope, seen)))
+    return list(dict.fromkeys(faults))
+
+
+class _ShapeRunner(fx.Interpreter):
+    """Runs a graph and notes shapes and later in-place changes."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.shapes: dict[Node, tuple[int, ...]] = {}
+        self.versions: dict[Node, tuple[Tensor, int]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+            self.versions[n] = (value, value._version)
+        return value
+
+    def overwritten(self) -> set[Node]:
+        return {n for n, (tensor, version) in self.versions.items() if tensor._version != version}
+
+
+def _bound(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Positional values for a graph's placeholders; missing ones keep their default."""
+    values = list(args)
+    for node in [n for n in trace.graph.nodes if n.op == "placeholder"][len(args) :]:
+        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
+    return values
+
+
+def _structure(output: Any) -> str:
+    """Containers and shapes of an output, in words."""
+    if isinstance(output, Tensor):
+        return str(list(output.shape))
+    if isinstance(output, dict):
+        inner = ", ".join(f"{key}: {_structure(value)}" for key, value in output.items())
+        return f"{type(output).__name__}({inner})"
+    if isinstance(output, tuple | list):
+        return f"{type(output).__name__}({', '.join(map(_structure, output))})"
+    return type(output).__name__
+
+
+def _unpattern(scope: PlannedScope, text: str) -> str:
+    from pacswap.surgery.select import is_pattern, matching
+
+    if not is_pattern(text):
+        return text
+    prefix = f"{scope.module}." if scope.module else ""
+    known = {f"{prefix}{name}" for trace in scope.traces for name in trace.outputs}
+    found = matching(text, sorted(known))
+    return found[0] if found else text
+
+
+def _missing(trace: Trace, scope: PlannedScope, source: str, seen: Observation) -> str:
+    local = scope.local(source)
+    inside = [(n, why) for n, why in trace.hidden.items() if local.startswith(f"{n}.")]
+    if inside:
+        name, why = max(inside, key=lambda pair: len(pair[0]))
+        return f"'{source}' lies in '{name}', which cannot be traced: {why}."
+    if local in trace.outputs:
+        return (
+            f"'{source}' does not return one tensor. Name a layer in it that returns a feature map."
+        )
+    prefix = f"{scope.module}." if scope.module else ""
+    ran = [call.name for call in seen.calls if call.name]
+    return no_such_source(source, ran + [f"{prefix}{label}" for label in trace.labels])
+
+
+def _ambiguous(scope: PlannedScope, source: str, labels: list[str]) -> str:
+    prefix = f"{scope.module}." if scope.module else ""
+    return (
+        f"'{source}' runs several times in one forward pass. Name one of its calls: "
+        f"{quoted([prefix + label for label in labels[1:4]])}, or another layer."
+    )
+
+
+def _too_late(
+    layer: str, source: str, call: Node, trace: Trace, scope: PlannedScope, seen: Observation
+) -> str:
+    """The message for a guidance that is computed after, or by, the layer that it should feed."""
+    earlier = []
+    for node in trace.graph.nodes:
+        if node is call:
+            break
+        if node.op == "call_module":
+            earlier.append(node.meta[LABEL])
+    prefix = f"{scope.module}." if scope.module else ""
+    order = {c.name: c.order for c in reversed(seen.calls)}
+    numbers = ""
+    if source in order and layer in order:
+        numbers = f" (it begins at call {order[source]}, the layer is call {order[layer]})"
+    shown = [prefix + name for name in earlier[:2] + earlier[2:][-2:]]
+    hint = f" Layers that run earlier: {quoted(shown)}." if shown else ""
+    around = layer.startswith(f"{source}.")
+    verb = "contains the layer" if around else "is ready only after the layer has run"
+    return f"cannot feed '{layer}' from '{source}', which {verb}{numbers}.{hint}"
