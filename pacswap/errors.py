@@ -57,7 +57,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     >>> nearest("chanels", ["channels", "resize", "detach"])
     ['channels']
     """
-    return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.5)
 
 
 def nearest_hint(name: str, known: Iterable[str], *, most: int = 3) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pacswap.errors import ShapeError
+
+Resize: TypeAlias = Literal["bilinear", "nearest", "area"]
 
 
 class Guidance(nn.Module):
@@ -19,7 +21,8 @@ class Guidance(nn.Module):
     projection serves layers at several resolutions.
 
     Args:
-        in_channels: D of the concatenated maps, positions included.
+        in_channels: D of the concatenated maps, positions included; None if it is not known and
+            nothing is projected.
         channels: project to so many channels by a 1×1 convolution; None leaves them as they are. The
             projection has no bias: a constant cancels in f_p − f_q and could not learn.
         position: prepend two channels, the column and the row of each pixel.
@@ -37,7 +40,7 @@ class Guidance(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | None,
         channels: int | None = None,
         *,
         position: bool = False,
@@ -51,15 +54,19 @@ class Guidance(nn.Module):
             raise ShapeError(refusal)
         self.in_channels, self.channels = in_channels, channels
         self.position, self.detach = position, detach
+        # False inside `pacswap.disabled`: nothing is computed.
+        self.enabled = True
         self.project: nn.Conv2d | None = None
-        if channels is not None:
+        if channels is not None and in_channels is not None:
             # Built on meta: no random number of the user's is consumed, surgery is reproducible.
             self.project = nn.Conv2d(in_channels, channels, 1, bias=False, device="meta")
             weight = _orthogonal(channels, in_channels).to(device=device, dtype=dtype)
             self.project.weight = nn.Parameter(weight[:, :, None, None])
 
-    def forward(self, *features: Tensor) -> Tensor:
+    def forward(self, *features: Tensor) -> Tensor | None:
         """Adapting features [B, D, H, W] of maps [B, D_i, H_i, W_i], at the first one's resolution."""
+        if not self.enabled:
+            return None
         first = features[0]
         maps = [resize_guidance(f, first, "bilinear") for f in features]
         if self.position:
@@ -76,13 +83,19 @@ class Guidance(nn.Module):
         )
 
 
-def resize_guidance(
-    guidance: Tensor, like: Tensor, mode: Literal["bilinear", "nearest", "area"]
-) -> Tensor:
+@overload
+def resize_guidance(guidance: Tensor, like: Tensor, mode: Resize) -> Tensor: ...
+
+
+@overload
+def resize_guidance(guidance: None, like: Tensor, mode: Resize) -> None: ...
+
+
+def resize_guidance(guidance: Tensor | None, like: Tensor, mode: Resize) -> Tensor | None:
     """Bring adapting features to a layer's resolution.
 
     Args:
-        guidance: [B, D, H, W].
+        guidance: [B, D, H, W], or None where guidance is disabled.
         like: the layer's input, [B, C, H', W'].
         mode: `"bilinear"` (the paper's), `"nearest"` or `"area"` (average pooling, for much smaller
             targets).
@@ -90,6 +103,8 @@ def resize_guidance(
     Returns:
         [B, D, H', W'].
     """
+    if guidance is None:
+        return None
     if guidance.shape[-2:] == like.shape[-2:]:
         return guidance
     if mode == "bilinear":
@@ -97,10 +112,12 @@ def resize_guidance(
     return F.interpolate(guidance, size=like.shape[-2:], mode=mode)
 
 
-def why_not_project(in_channels: int, channels: int | None) -> str | None:
+def why_not_project(in_channels: int | None, channels: int | None) -> str | None:
     """Why a guidance of so many channels cannot be projected to `channels`, or None if it can."""
     if channels is not None and channels < 1:
         return f"channels must be at least 1, got {channels}"
+    if channels is not None and in_channels is None:
+        return "the number of channels to project from is not known"
     if channels is not None and in_channels == 1:
         return (
             "a guidance of 1 channel cannot be projected: the 1×1 convolution would be a mere scale, "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import ShapeError
-from pacswap.ops.window import Padding, Size2, make_window
+from pacswap.ops.window import Padding, Size2, Window, make_window
 
 
 class AdaptingKernel(nn.Module):
@@ -58,21 +58,28 @@ class AdaptingKernel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        make_window(
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            padding_mode=padding_mode,
-        )
         if not (bandwidth > 0 and math.isfinite(bandwidth)):
             raise ShapeError(f"bandwidth must be positive and finite, got {bandwidth!r}.")
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         self.form, self.distance = form, distance
         self.standardize, self.normalize = standardize, normalize
+        _ = self.window  # checks the geometry now, not at the first call
+        # False inside `pacswap.disabled`: nothing is computed.
+        self.enabled = True
         self.log_bandwidth = nn.Parameter(
             torch.full((), math.log(bandwidth), device=device, dtype=dtype)
+        )
+
+    @property
+    def window(self) -> Window:
+        """The geometry."""
+        return make_window(
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            padding_mode=self.padding_mode,
         )
 
     @property
@@ -80,8 +87,13 @@ class AdaptingKernel(nn.Module):
         """The width of the kernel, a positive scalar tensor, in units of the guidance."""
         return self.log_bandwidth.exp()
 
-    def forward(self, guidance: Tensor) -> Tensor:
-        """The adapting kernel, [B, 1, KH*KW, H_out, W_out], of a guidance [B, D, H, W]."""
+    def forward(self, guidance: Tensor | None) -> Tensor | None:
+        """The adapting kernel, [B, 1, KH*KW, H_out, W_out], of a guidance [B, D, H, W].
+
+        None inside `pacswap.disabled`.
+        """
+        if not self.enabled or guidance is None:
+            return None
         return ops.adapting_kernel(
             guidance,
             self.kernel_size,

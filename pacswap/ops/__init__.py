@@ -2,7 +2,7 @@
 
 from pacswap.ops.backends import explain
 from pacswap.ops.conv import attach_kernel_gradient, pac_conv2d
-from pacswap.ops.kernel import adapting_kernel, blended, standardized
+from pacswap.ops.kernel import adapting_kernel, blended, squared_distance, standardized
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window, make_window
 
@@ -15,5 +15,6 @@ __all__ = [
     "explain",
     "make_window",
     "pac_conv2d",
+    "squared_distance",
     "standardized",
 ]

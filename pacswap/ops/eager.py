@@ -64,10 +64,8 @@ class _SquaredDistance(torch.autograd.Function):
         (padded,) = ctx.saved_tensors
         window, size = ctx.window, ctx.size
         if torch.is_grad_enabled():
-            # The border is already there: the same window without padding.
-            bare = Window(window.kernel_size, window.stride, window.dilation, (0,) * 4, "zeros")
             (result,) = differentiable_vjp(
-                lambda f: taps.squared_distance(f, bare), [padded], [True], grad
+                lambda f: taps.squared_distance(f, window.unpadded), [padded], [True], grad
             )
             return result, None, None
         centre_rows, centre_columns = _at(window, size, window.centre)

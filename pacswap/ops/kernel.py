@@ -74,13 +74,27 @@ def adapting_kernel(
     features = guidance.to(compute_dtype(guidance.dtype))
     if standardize:
         features = standardized(features)
-    squares = choose(backend).squared_distance(features, window)  # [B, KH*KW, H_out, W_out]
+    squares = squared_distance(features, window, backend=backend)
     if distance == "mean":
         squares = squares / guidance.shape[1]
     kernel = torch.exp(-0.5 * squares / bandwidth**2)
     kernel = _normalized(kernel, normalize, window, (guidance.shape[-2], guidance.shape[-1]))
     kernel = blended(kernel[:, None], blend)
     return kernel.to(guidance.dtype)
+
+
+def squared_distance(guidance: Tensor, window: Window, *, backend: Backend = "auto") -> Tensor:
+    """‖f_p − f_q‖² for every output pixel p and tap q, summed over channels.
+
+    Args:
+        guidance: f, [B, D, H, W].
+        window: the geometry.
+        backend: as in `adapting_kernel`.
+
+    Returns:
+        [B, KH*KW, H_out, W_out], in the units of the guidance, squared.
+    """
+    return choose(backend).squared_distance(guidance, window)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:

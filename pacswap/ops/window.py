@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -49,6 +49,11 @@ class Window:
         """
         KH, KW = self.kernel_size
         return (KH - 1) // 2 * KW + (KW - 1) // 2
+
+    @property
+    def unpadded(self) -> Window:
+        """The same window over an image that has its border already, or needs none."""
+        return replace(self, pad=(0, 0, 0, 0), padding_mode="zeros")
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) for an image of that size.

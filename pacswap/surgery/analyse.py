@@ -67,14 +67,17 @@ class _Analysis:
     def __init__(
         self, model: nn.Module, groups: Sequence[Group], example: ExampleInput, list_command: str
     ) -> None:
-        self.model, self.groups, self.example = model, tuple(groups), example
+        self.model, self.groups = model, tuple(groups)
+        self.example = example = _two_images(example)
         self.list_command = list_command
+        self.batch = next((t.shape[0] for t in _tensors(example)), 1)
         self.faults: list[Fault] = []
         self.convs = convolutions(model)
         self.bones = skeleton(model).eval()
         with FlopCounterMode(display=False) as counter:
             self.seen = observe(self.bones, example)
-        self.macs = counter.get_total_flops() // 2
+        # Counted on two images: train mode needs them, the cost is for one.
+        self.macs = counter.get_total_flops() // 2 // self.batch
         self.seen_train: Observation | None = None
 
     def plan(self) -> Plan:
@@ -173,11 +176,11 @@ class _Analysis:
         order = {claim.name: rank for rank, claim in enumerate(claims)}
         first = next(t for t in _tensors(self.example))
         parameters, macs, size = added_cost(
-            builder.layers, builder.kernels, builder.guidances, first.shape[0], _number_size(self.model)
+            builder.layers, builder.kernels, builder.guidances, _number_size(self.model)
         )
         return Plan(
             model=type(self.model).__name__,
-            input_shape=tuple(first.shape),
+            input_shape=(1, *first.shape[1:]),
             groups=self.groups,
             scopes=tuple(scope for scope, _, _ in scopes),
             guidances=tuple(builder.guidances),
@@ -307,6 +310,13 @@ def conv_in_words(conv: nn.Conv2d) -> str:
 def _tensors(example: ExampleInput) -> list[Tensor]:
     leaves = pytree.tree_leaves(example)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _two_images(example: ExampleInput) -> ExampleInput:
+    """An example of one image as two: BatchNorm in train mode refuses a single one."""
+    if isinstance(example, Tensor) and example.dim() == 4 and example.shape[0] == 1:
+        return example.new_empty(2, *example.shape[1:], device="meta")
+    return example
 
 
 def _number_size(model: nn.Module) -> int:

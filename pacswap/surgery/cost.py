@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Figures for one forward pass on the example input.
+    """Figures for one image of the example input's size.
 
     Attributes:
         parameters: of the original model.
@@ -39,25 +39,24 @@ def added_cost(
     layers: list[PlannedLayer],
     kernels: list[PlannedKernel],
     guidances: list[PlannedGuidance],
-    batch: int,
     bytes_per_number: int,
 ) -> tuple[int, int, int]:
-    """Parameters, MACs and bytes that a swap adds, from the shapes alone."""
+    """Parameters, and MACs and bytes for one image, that a swap adds, from the shapes alone."""
     parameters, macs, numbers = len(layers) + len(kernels), 0, 0
     for guidance in guidances:
         shape = guidance.shapes[0]
         if guidance.spec.channels is not None and shape is not None:
             weights = guidance.spec.channels * (guidance.in_channels or 0)
             parameters += weights
-            macs += weights * batch * shape[2] * shape[3]
-            numbers += guidance.spec.channels * batch * shape[2] * shape[3]
+            macs += weights * shape[2] * shape[3]
+            numbers += guidance.spec.channels * shape[2] * shape[3]
     for kernel in kernels:
         channels = guidances[kernel.guidance].channels or 0
-        out = batch * kernel.output_size[0] * kernel.output_size[1]
+        out = kernel.output_size[0] * kernel.output_size[1]
         macs += kernel.taps * channels * out
-        numbers += kernel.taps * out + channels * batch * kernel.input_size[0] * kernel.input_size[1]
+        numbers += kernel.taps * out + channels * kernel.input_size[0] * kernel.input_size[1]
     for layer in layers:
         kernel = kernels[layer.kernel]
-        out = batch * kernel.output_size[0] * kernel.output_size[1]
+        out = kernel.output_size[0] * kernel.output_size[1]
         macs += kernel.taps * layer.in_channels * out * layer.calls
     return parameters, macs, numbers * bytes_per_number

@@ -1,0 +1,179 @@
+"""The Python door to surgery: `plan`, `swap`, `layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pacswap.errors import PlanError
+from pacswap.surgery.analyse import conv_in_words, plan_groups
+from pacswap.surgery.calibrate import calibrate, calibration_batch
+from pacswap.surgery.checks import why_not_conv, why_not_model
+from pacswap.surgery.plan import Plan
+from pacswap.surgery.request import as_groups
+from pacswap.surgery.rewrite import rewrite
+from pacswap.surgery.select import convolutions, is_spatial
+from pacswap.surgery.skeleton import ExampleInput, observe, skeleton
+from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, Layers
+
+
+def plan(
+    model: nn.Module,
+    layers: Layers | list[Any] | Mapping[str, Any] | None = None,
+    guidance: str | list[str] | Mapping[str, Any] | GuidanceSpec | None = None,
+    *,
+    kernel: Mapping[str, Any] | KernelSpec | None = None,
+    groups: Iterable[Group | Mapping[str, Any]] | None = None,
+    example_input: ExampleInput | None = None,
+) -> Plan:
+    """What a swap would do. Pure: the model is not touched, `print(plan)` is a table.
+
+    Args:
+        model: a network of timm, torchvision or your own, not wrapped for several devices or compiled.
+        layers: which convolutions: a dotted name, a glob (`"layer4.*.conv2"`), a regex (`"re:…"`), a
+            `LayerQuery` or its mapping (`{"kernel_size": 3, "last_of_stage": True}`), a callable
+            `(name, module) -> bool`, or a list of these. A pattern that matches nothing is an error.
+        guidance: what feeds the adapting kernels: a layer's name, a traced node's name, `"input"`,
+            `"input+position"`, `"external"` (the model gains a keyword argument `guidance`), a list
+            (concatenated), or a mapping such as `{"from": "layer1", "channels": 16}`.
+        kernel: how the kernels are made, a `KernelSpec` or its mapping.
+        groups: several groups of layers at once, `Group`s or mappings of these arguments' names.
+        example_input: what the model takes, a tensor or a tuple of arguments; only its shape matters.
+            By default an image of the size that the model names, or 224×224.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        PlanError: with every fault of the request.
+
+    Example:
+        >>> import torchvision
+        >>> net = torchvision.models.resnet18()
+        >>> print(plan(net, layers="layer4.*.conv2", guidance="layer1").layers[0].conv)
+        Conv2d 512→512 3×3
+    """
+    made = as_groups(layers, guidance, kernel, groups)
+    refusal = why_not_model(model)
+    if refusal is not None:
+        raise PlanError(f"cannot swap in {type(model).__name__}: {refusal}.")
+    return plan_groups(model, made, default_input(model) if example_input is None else example_input)
+
+
+def swap(
+    model: nn.Module,
+    layers: Layers | list[Any] | Mapping[str, Any] | None = None,
+    guidance: str | list[str] | Mapping[str, Any] | GuidanceSpec | None = None,
+    *,
+    kernel: Mapping[str, Any] | KernelSpec | None = None,
+    groups: Iterable[Group | Mapping[str, Any]] | None = None,
+    example_input: ExampleInput | None = None,
+    calibration: ExampleInput | None = None,
+) -> nn.Module:
+    """Upgrade a network: the named convolutions become pixel-adaptive, nothing else changes.
+
+    The new model keeps its class, attributes, methods and `state_dict` keys. With the default
+    `blend` of 0 its output is the old one's, and every added parameter can learn.
+
+    Args:
+        model: as in `plan`, like the next five.
+        layers: which convolutions.
+        guidance: what feeds the adapting kernels.
+        kernel: how the kernels are made.
+        groups: several groups at once.
+        example_input: what the model takes.
+        calibration: images (as the model takes them) on which `bandwidth: auto` is set: the median
+            off-centre factor becomes ½. By default two drawn scenes.
+
+    Returns:
+        A new model; the given one is untouched.
+
+    Raises:
+        PlanError: with every fault of the request; nothing has been changed then.
+
+    Example:
+        >>> import torchvision
+        >>> net = torchvision.models.resnet18()
+        >>> upgraded = swap(net, layers="layer4.*.conv2", guidance="layer1")
+        >>> isinstance(upgraded, torchvision.models.ResNet)
+        True
+    """
+    example = default_input(model) if example_input is None else example_input
+    planned = plan(
+        model, layers, guidance, kernel=kernel, groups=groups, example_input=example
+    )
+    return carry_out(model, planned, example, calibration)
+
+
+def carry_out(
+    model: nn.Module, planned: Plan, example: ExampleInput, calibration: ExampleInput | None = None
+) -> nn.Module:
+    """Rewrite a copy of the model and calibrate what is planned as `auto`."""
+    automatic = [
+        kernel
+        for kernel in planned.kernels
+        if kernel.spec.bandwidth == "auto"
+        and "external" not in planned.guidances[kernel.guidance].sources
+    ]
+    if not automatic or all(p.is_meta for p in model.parameters()):
+        return rewrite(model, planned)
+    batch = calibration_batch(example) if calibration is None else calibration
+    upgraded = rewrite(model, planned)
+    calibrate(upgraded, planned, batch)
+    return upgraded
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A spatial convolution of a model.
+
+    Attributes:
+        name: dotted.
+        conv: what it is, in words.
+        output_shape: (B, C, H, W) at the example input; None if it does not run in eval mode.
+        refusal: why it cannot be swapped, or None.
+    """
+
+    name: str
+    conv: str
+    output_shape: tuple[int, ...] | None
+    refusal: str | None
+
+
+def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[LayerInfo]:
+    """The spatial convolutions of a model, in the order in which they run.
+
+    Args:
+        model: any network.
+        example_input: as in `plan`.
+
+    Returns:
+        One entry for each; those that cannot be swapped have the reason.
+
+    Raises:
+        PlanError: the model does not run on the example input.
+    """
+    seen = observe(skeleton(model).eval(), default_input(model) if example_input is None else example_input)
+    shapes = {call.name: call.output_shape for call in reversed(seen.calls)}
+    order = {call.name: call.order for call in reversed(seen.calls)}
+    found = []
+    for name, conv in convolutions(model).items():
+        if is_spatial(conv):
+            found.append(LayerInfo(name, conv_in_words(conv), shapes.get(name), why_not_conv(conv)))  # type: ignore[arg-type]
+    return sorted(found, key=lambda info: order.get(info.name, len(seen.calls)))
+
+
+def default_input(model: nn.Module) -> Tensor:
+    """One image on the meta device, of the size that a model names or 224×224."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is None:
+        first = next(iter(convolutions(model).values()), None)
+        size = (3 if first is None else first.in_channels, 224, 224)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    return torch.empty(1, *size, device="meta", dtype=dtype)

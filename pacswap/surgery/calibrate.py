@@ -1,0 +1,141 @@
+"""`bandwidth: auto`: a width at which the adapting kernel says something about real images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pacswap import ops, scenes
+from pacswap.errors import PlanError
+from pacswap.nn import AdaptingKernel
+from pacswap.surgery.modes import kept_modes
+from pacswap.surgery.plan import Plan
+from pacswap.surgery.skeleton import ExampleInput
+
+# exp(−½·d²/bandwidth²) = ½
+_HALF = 2 * math.log(2)
+
+
+class _AllSeen(Exception):
+    """Every kernel has seen its guidance: the rest of the forward pass is not needed."""
+
+
+def calibration_batch(example_input: ExampleInput) -> ExampleInput:
+    """Two drawn scenes, normalised like photographs, for a model of that example input.
+
+    Raises:
+        PlanError: the model's input is not one batch of images.
+    """
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    image = args[0] if len(args) == 1 else None
+    if not isinstance(image, Tensor) or image.dim() != 4 or min(image.shape[2:]) < 16:
+        raise PlanError(
+            "bandwidth 'auto' needs images to calibrate on, and this model's input is not one batch of "
+            "images. Pass calibration=… (what the model takes), or a number as the bandwidth."
+        )
+    height, width = image.shape[2:]
+    images, _ = scenes.draw_batch([0, 1], (height, width))
+    images = scenes.normalize(images)
+    channels = image.shape[1]
+    if channels != 3:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    return images
+
+
+def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, float]:
+    """Set the bandwidth of every kernel planned as `auto`, in place.
+
+    The median off-centre K over the batch becomes ½. The model runs in eval mode, only as far as its
+    last guidance, without gradients; its mode is restored.
+
+    Args:
+        model: an upgraded model.
+        plan: its plan.
+        batch: what the model takes; images like those it will see.
+
+    Returns:
+        The bandwidths by the name of the layer that holds them.
+
+    Raises:
+        PlanError: a guidance is constant on the batch, so that no width fits.
+    """
+    wanted = {k.owner: k for k in plan.kernels if k.spec.bandwidth == "auto"}
+    external = {k.owner for k in wanted.values() if _is_external(plan, k.guidance)}
+    kernels = {name: _kernel(model, name) for name in wanted if name not in external}
+    medians: dict[str, float] = {}
+    handles = []
+    for name, kernel in kernels.items():
+
+        def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            medians[name] = _median_distance(_kernel(model, name), args[0])
+            if len(medians) == len(kernels):
+                raise _AllSeen
+
+        handles.append(kernel.register_forward_pre_hook(note))
+    parameter = next(model.parameters())
+    args = batch if isinstance(batch, tuple) else (batch,)
+    args = tuple(a.to(parameter) if isinstance(a, Tensor) else a for a in args)
+    try:
+        with torch.no_grad(), kept_modes(model):
+            model.eval()
+            if kernels:
+                model(*args)
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _set(kernels, medians)
+
+
+def _set(kernels: dict[str, AdaptingKernel], medians: dict[str, float]) -> dict[str, float]:
+    constant = [name for name in kernels if not medians.get(name, 1.0) > 0]
+    if constant:
+        raise PlanError(
+            f"the guidance of {', '.join(map(repr, constant))} is constant on the calibration batch, so "
+            "no bandwidth fits it. Choose another guidance, pass calibration=… with your own images, or "
+            "give the bandwidth as a number."
+        )
+    bandwidths = {}
+    for name, kernel in kernels.items():
+        # A kernel that rests in eval mode saw nothing: standardised features are about 1 wide.
+        square = medians.get(name, _HALF) / _HALF
+        with torch.no_grad():
+            kernel.log_bandwidth.fill_(0.5 * math.log(square))
+        bandwidths[name] = math.sqrt(square)
+    return bandwidths
+
+
+def _kernel(model: nn.Module, owner: str) -> AdaptingKernel:
+    kernel = model.get_submodule(owner).adapting_kernel
+    assert isinstance(kernel, AdaptingKernel)
+    return kernel
+
+
+def _is_external(plan: Plan, guidance: int) -> bool:
+    return "external" in plan.guidances[guidance].sources
+
+
+def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
+    """The median of d² over pixels and off-centre taps; their mean where most of them are 0."""
+    window = kernel.window
+    features = guidance.to(ops.compute_dtype(guidance.dtype))
+    if kernel.standardize:
+        features = ops.standardized(features)
+    squares = ops.squared_distance(features, _inner(window, features))
+    if kernel.distance == "mean":
+        squares = squares / features.shape[1]
+    off_centre = [t for t in range(window.taps) if t != window.centre]
+    squares = squares[:, off_centre]
+    median = squares.median().item()
+    return median if median > 0 else squares.mean().item()
+
+
+def _inner(window: ops.Window, features: Tensor) -> ops.Window:
+    """The window without padding, whose taps are not part of the image, if the image is large enough."""
+    reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True)]
+    fits = features.shape[-2] > reach[0] and features.shape[-1] > reach[1]
+    return window.unpadded if fits else window

@@ -1,0 +1,16 @@
+"""Building models by name, with or without weights. The only importer of timm and torchvision.models."""
+
+from pacswap.zoo.build import Source, build, input_size, model_names, normalization
+from pacswap.zoo.identify import identify
+from pacswap.zoo.weights import load_weights_file, read_state_dict
+
+__all__ = [
+    "Source",
+    "build",
+    "identify",
+    "input_size",
+    "load_weights_file",
+    "model_names",
+    "normalization",
+    "read_state_dict",
+]

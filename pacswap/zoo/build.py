@@ -1,0 +1,280 @@
+"""From a library's name and arguments to a model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pacswap import scenes
+from pacswap.errors import ModelError, WeightsError, nearest_hint, quoted
+from pacswap.shipped import shipped_folder
+from pacswap.zoo.weights import load_weights_file
+
+LIBRARIES = ("timm", "torchvision", "python", "pacswap")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What it takes to build a model again.
+
+    Attributes:
+        library: `timm`, `torchvision`, `python` (a dotted factory) or `pacswap` (the demonstration).
+        name: the model's name in its library, or `package.module:factory`.
+        weights: a tag of the library (`DEFAULT` is its own choice), a file, or None for random ones.
+        args: keyword arguments of the model's factory.
+    """
+
+    library: str
+    name: str
+    weights: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(
+    source: Source,
+    *,
+    folder: Path | None = None,
+    meta: bool = False,
+    trust_python: bool = False,
+) -> nn.Module:
+    """Build a model.
+
+    Args:
+        source: what to build.
+        folder: where relative weights files start; the working directory by default.
+        meta: build on the meta device and leave the weights out: structure and shapes only.
+        trust_python: allow `library: python`, which runs the code that it names.
+
+    Raises:
+        ModelError: the library, the name or the arguments are wrong, or the code is not trusted.
+        WeightsError: the weights cannot be had, or don't fit.
+    """
+    factory = _factory(source, trust_python)
+    if meta:
+        return _on_meta(factory, source)
+    weights = source.weights
+    if weights is not None and weights.endswith(FILE_SUFFIXES):
+        model = _made(factory, source, None)
+        load_weights_file(model, (folder or Path()) / weights)
+        return model
+    return _made(factory, source, weights)
+
+
+def model_names(library: str | None = None) -> dict[str, list[str]]:
+    """The names that `build` knows, by library."""
+    listers: dict[str, Callable[[], list[str]]] = {
+        "pacswap": lambda: sorted(_demonstrations()),
+        "timm": lambda: importlib.import_module("timm").list_models(),
+        "torchvision": lambda: importlib.import_module("torchvision.models").list_models(),
+    }
+    return {name: lister() for name, lister in listers.items() if library in (None, name)}
+
+
+def input_size(source: Source, model: nn.Module) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images a library's model was made for, or None if it does not say."""
+    if source.library == "pacswap":
+        return 3, 96, 128
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    return None if size is None else (size[0], size[1], size[2])
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images a model was trained on (ImageNet's by default)."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
+        return tuple(config["mean"]), tuple(config["std"])
+    return scenes.MEAN, scenes.STD
+
+
+Factory = Callable[[str | None], nn.Module]
+
+
+def _factory(source: Source, trust_python: bool) -> Factory:
+    makers = {
+        "timm": _timm_factory,
+        "torchvision": _torchvision_factory,
+        "pacswap": _demonstration_factory,
+    }
+    if source.library == "python":
+        return _python_factory(source, trust_python)
+    if source.library not in makers:
+        raise ModelError(
+            f"library '{source.library}' is unknown. {nearest_hint(source.library, LIBRARIES)}"
+        )
+    return makers[source.library](source)
+
+
+def _made(factory: Factory, source: Source, weights: str | None) -> nn.Module:
+    """Call a factory; its own complaints about arguments become a ModelError."""
+    try:
+        model = factory(weights)
+    except (TypeError, ValueError, KeyError, AssertionError, AttributeError) as error:
+        raise ModelError(
+            f"cannot build {source.library} model '{source.name}' with args {dict(source.args)}: "
+            f"{type(error).__name__}: {error}. Mend model.args."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"'{source.name}' returned {type(model).__name__}, expected a torch.nn.Module."
+        )
+    return model
+
+
+def _on_meta(factory: Factory, source: Source) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return _made(factory, source, None)
+    except (RuntimeError, NotImplementedError):
+        # Some constructors compute with tensors (torchvision's RegNets): those are built for real.
+        return _made(factory, source, None)
+
+
+def _timm_factory(source: Source) -> Factory:
+    timm = importlib.import_module("timm")
+    name, _, tag = source.name.partition(".")
+    if not timm.is_model(name):
+        raise ModelError(_unknown_model(source, timm.list_models()))
+    _reject_args(source, ("pretrained", "checkpoint_path", "pretrained_cfg"))
+
+    def make(weights: str | None) -> nn.Module:
+        full = name if weights is None or (weights == "DEFAULT" and not tag) else ""
+        full = full or f"{name}.{tag if weights == 'DEFAULT' else weights}"
+        known = [k.partition(".")[2] for k in timm.list_pretrained(f"{name}.*")]
+        if weights is not None and not known:
+            raise WeightsError(
+                f"timm has no weights for '{name}'. Set weights to a file, or to null for random ones."
+            )
+        wanted = full.partition(".")[2]
+        if wanted and wanted not in known:
+            raise WeightsError(_unknown_tag(source, wanted, known))
+        try:
+            return timm.create_model(full, pretrained=weights is not None, **source.args)
+        except (OSError, RuntimeError) as error:
+            if weights is None:
+                raise
+            raise WeightsError(_cannot_fetch(source, weights, error)) from error
+
+    return make
+
+
+def _torchvision_factory(source: Source) -> Factory:
+    models = importlib.import_module("torchvision.models")
+    known = models.list_models()
+    if source.name not in known:
+        raise ModelError(_unknown_model(source, known))
+    _reject_args(source, ("weights", "pretrained"))
+    signature = inspect.signature(models.get_model_builder(source.name))
+
+    def make(weights: str | None) -> nn.Module:
+        args = dict(source.args)
+        if "weights_backbone" in signature.parameters:
+            # torchvision would download a backbone although no weights were asked for.
+            args.setdefault("weights_backbone", None)
+        entry = None
+        if weights is not None:
+            tags = models.get_model_weights(source.name)
+            if len(tags) == 0:
+                raise WeightsError(
+                    f"torchvision has no weights for '{source.name}'. Set weights to a file, or to "
+                    "null for random ones."
+                )
+            if weights != "DEFAULT" and weights not in tags.__members__:
+                raise WeightsError(_unknown_tag(source, weights, [*tags.__members__, "DEFAULT"]))
+            entry = tags[weights]
+        try:
+            return models.get_model(source.name, weights=entry, **args)
+        except (OSError, RuntimeError) as error:
+            if weights is None and args.get("weights_backbone") is None:
+                raise
+            raise WeightsError(_cannot_fetch(source, str(weights), error)) from error
+
+    return make
+
+
+def _demonstrations() -> dict[str, Callable[..., nn.Module]]:
+    from pacswap.zoo.scene_net import SceneNet
+
+    return {"scene_net": SceneNet}
+
+
+def _demonstration_factory(source: Source) -> Factory:
+    known = _demonstrations()
+    if source.name not in known:
+        raise ModelError(_unknown_model(source, sorted(known)))
+
+    def make(weights: str | None) -> nn.Module:
+        model = known[source.name](**source.args)
+        if weights is not None:
+            if weights != "DEFAULT":
+                raise WeightsError(_unknown_tag(source, weights, ["DEFAULT"]))
+            load_weights_file(model, shipped_folder() / "quickstart.safetensors")
+        return model
+
+    return make
+
+
+def _python_factory(source: Source, trust_python: bool) -> Factory:
+    module_name, _, attribute = source.name.replace(":", ".").rpartition(".")
+    if not trust_python:
+        raise ModelError(
+            f"library 'python' runs the code of '{source.name}'. If you trust it, say so: "
+            "--trust-python on the command line, trust_python=True in Python."
+        )
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"cannot import '{source.name}': {error}. Name it package.module:factory."
+        ) from error
+
+    def make(weights: str | None) -> nn.Module:
+        if weights not in (None, "DEFAULT"):
+            raise WeightsError(
+                f"a python factory has no weights by tag, got '{weights}'. Set weights to a file, to "
+                "DEFAULT (whatever the factory loads) or to null."
+            )
+        return factory(**source.args)
+
+    return make
+
+
+def _reject_args(source: Source, names: tuple[str, ...]) -> None:
+    found = [name for name in names if name in source.args]
+    if found:
+        raise ModelError(
+            f"model.args of '{source.name}' has {quoted(found)}: weights are chosen by model.weights. "
+            "Take it out of args."
+        )
+
+
+def _unknown_model(source: Source, known: list[str]) -> str:
+    name = source.name.partition(".")[0]
+    return (
+        f"{source.library} has no model '{source.name}'. {nearest_hint(name, known)} "
+        f"List them: pacswap ls models {source.library}"
+    )
+
+
+def _unknown_tag(source: Source, tag: str, known: list[str]) -> str:
+    return (
+        f"{source.library} model '{source.name}' has no weights '{tag}'. "
+        f"Known: {quoted(list(dict.fromkeys(known)))}. Or set a file, or null for random ones."
+    )
+
+
+def _cannot_fetch(source: Source, weights: str, error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"cannot get weights '{weights}' of {source.library} model '{source.name}': "
+        f"{type(error).__name__}: {first} Check the network, or put the file on this machine and set "
+        "model.weights to its path, or to null for random weights."
+    )

@@ -1,0 +1,107 @@
+"""Which library call made a model: so that a saved network can be rebuilt without its user's code."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pacswap.errors import ModelError
+from pacswap.zoo.build import Source, build
+
+SOURCE = "_pacswap_source"
+
+
+def identify(model: nn.Module) -> Source | None:
+    """The library, name and arguments that build a network of exactly this structure, or None.
+
+    A guess is made from what the model says of itself (timm's configuration, torchvision's class) and
+    kept only if the network built from it has the same modules with the same options.
+
+    Args:
+        model: a plain network, not an upgraded one.
+    """
+    if SOURCE in vars(model):
+        return vars(model)[SOURCE]
+    structure = repr(model)
+    for source in _candidates(model):
+        try:
+            twin = build(source, meta=True)
+        except ModelError:
+            continue
+        if repr(twin) == structure and _shapes(twin) == _shapes(model):
+            return source
+    return None
+
+
+def remember(model: nn.Module, source: Source) -> nn.Module:
+    """Note on a model what built it."""
+    vars(model)[SOURCE] = source
+    return model
+
+
+def _candidates(model: nn.Module) -> Iterator[Source]:
+    origin = type(model).__module__.split(".")[0]
+    if origin == "timm":
+        yield from _timm_candidates(model)
+    elif origin == "torchvision":
+        yield from _torchvision_candidates(model)
+    elif type(model).__module__.startswith("pacswap.zoo"):
+        classes = getattr(model, "num_classes", None)
+        yield Source("pacswap", "scene_net", None, {} if classes is None else {"num_classes": classes})
+
+
+def _timm_candidates(model: nn.Module) -> Iterator[Source]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not name:
+        return
+    classes = getattr(model, "num_classes", None)
+    guesses: list[dict[str, Any]] = [{}]
+    if classes is not None:
+        guesses.append({"num_classes": classes})
+    info = getattr(model, "feature_info", None)
+    if info is not None and not hasattr(model, "get_classifier"):
+        indices = list(getattr(info, "out_indices", ()))
+        guesses += [{"features_only": True}, {"features_only": True, "out_indices": indices}]
+        strides = {f.get("reduction") for f in getattr(info, "info", [])}
+        for stride in sorted(s for s in strides if s in (8, 16)):
+            guesses.append(
+                {"features_only": True, "out_indices": indices, "output_stride": stride}
+            )
+    else:
+        guesses += [{**guess, "output_stride": s} for guess in list(guesses) for s in (8, 16)]
+    yield from (Source("timm", name, None, guess) for guess in guesses)
+
+
+def _torchvision_candidates(model: nn.Module) -> Iterator[Source]:
+    models = importlib.import_module("torchvision.models")
+    home = importlib.import_module(type(model).__module__)
+    classes = _classes(model)
+    for name in models.list_models():
+        builder = models.get_model_builder(name)
+        if importlib.import_module(builder.__module__) is not home:
+            continue
+        yield Source("torchvision", name)
+        extra = [{"num_classes": classes}] if classes is not None else []
+        if hasattr(model, "aux_classifier"):
+            extra = [{**args, "aux_loss": flag} for args in [*extra, {}] for flag in (True, False)]
+        yield from (Source("torchvision", name, None, args) for args in extra)
+
+
+def _classes(model: nn.Module) -> int | None:
+    """Outputs of the last layer of the main head."""
+    head = getattr(model, "classifier", None) or getattr(model, "fc", None) or model
+    for module in reversed(list(head.modules())):
+        if isinstance(module, nn.Linear):
+            return module.out_features
+        if isinstance(module, nn.Conv2d):
+            return module.out_channels
+    return None
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
