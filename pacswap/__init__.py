@@ -7,7 +7,10 @@
 True
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from pacswap import errors, nn, ops
 from pacswap.surgery import (
@@ -26,7 +29,14 @@ from pacswap.surgery import (
     verify,
 )
 
+if _TYPE_CHECKING:
+    from pacswap.checkpoint import load, save
+    from pacswap.upgrade import apply
+
 __version__ = _version("pacswap")
+
+# Loaded when first asked for: they bring pydantic, and timm or torchvision's models.
+_LATER = {"apply": "pacswap.upgrade", "load": "pacswap.checkpoint", "save": "pacswap.checkpoint"}
 
 __all__ = [
     "Group",
@@ -36,14 +46,23 @@ __all__ = [
     "Plan",
     "Verification",
     "__version__",
+    "apply",
     "disabled",
     "errors",
     "layers",
+    "load",
     "nn",
     "ops",
     "plan",
     "revert",
     "rewrite",
+    "save",
     "swap",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return getattr(_import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'pacswap' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 class PacswapError(Exception):
@@ -27,8 +28,32 @@ class GuidanceError(PacswapError, RuntimeError):
     """A pixel-adaptive layer was called on a path that cannot feed its guidance."""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something in a request that cannot be done.
+
+    Attributes:
+        message: a sentence or two: what, why, and the way out.
+        group: the index of the group that asked for it, if one did.
+        field: the part of the group at fault: `layers`, `guidance` or `kernel`.
+    """
+
+    message: str
+    group: int | None = None
+    field: str | None = None
+
+
 class PlanError(PacswapError, ValueError):
-    """A model cannot be changed as asked; the message lists every refusal, the model is untouched."""
+    """A model cannot be changed as asked; the message lists every fault, the model is untouched.
+
+    Attributes:
+        faults: kept apart, so that a recipe can point at its own lines; empty where the request as a
+            whole is wrong.
+    """
+
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class ModelError(PacswapError, ValueError):

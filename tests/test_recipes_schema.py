@@ -289,12 +289,12 @@ def shipped(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("fcn", "deeplab"):
         (folder / f"{name}.yaml").write_text(f"# Swap {name}.\n{GOOD}")
-    monkeypatch.setattr(library, "_folder", lambda: folder)
+    monkeypatch.setattr(library, "shipped_folder", lambda: folder)
     return folder
 
 
 def test_the_shipped_recipes_lie_in_the_checkout():
-    assert library._folder() == Path(__file__).parents[1] / "recipes"
+    assert library.shipped_folder() == Path(__file__).parents[1] / "recipes"
 
 
 def test_shipped_recipes(shipped):

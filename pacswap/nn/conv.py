@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -108,12 +109,12 @@ class PacConv2d(nn.Conv2d):
         return make_window(
             self.kernel_size,
             stride=self.stride,
-            padding=self.padding,  # type: ignore[arg-type]
+            padding=self.padding,
             dilation=self.dilation,
             padding_mode=self.padding_mode,
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input: Tensor, guidance: Tensor | None = None, *, kernel: Tensor | None = None
     ) -> Tensor:
         """Convolve `input`, adapted to a guidance or by a kernel that was computed from one.
@@ -156,7 +157,7 @@ class PacConv2d(nn.Conv2d):
             self.weight,
             self.bias,
             stride=self.stride,
-            padding=self.padding,  # type: ignore[arg-type]
+            padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
@@ -225,10 +226,10 @@ class PacConv2d(nn.Conv2d):
         layer = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -236,16 +237,16 @@ class PacConv2d(nn.Conv2d):
             device="meta",
             form=form,
             distance=distance,
+            bandwidth=bandwidth,
             standardize=standardize,
             normalize=normalize,
         )
-        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.blend = nn.Parameter(torch.full((), float(blend), **like))
+        layer.blend = nn.Parameter(conv.weight.new_full((), blend))
         if own_kernel:
             assert layer.adapting_kernel is not None
             layer.adapting_kernel.log_bandwidth = nn.Parameter(
-                torch.full((), float(bandwidth), **like).log()
+                conv.weight.new_full((), math.log(bandwidth))
             )
         else:
             layer.adapting_kernel = None

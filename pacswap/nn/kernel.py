@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pacswap import ops
-from pacswap.errors import ShapeError
+from pacswap.ops.kernel import check_options
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
 
@@ -58,13 +58,12 @@ class AdaptingKernel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not (bandwidth > 0 and math.isfinite(bandwidth)):
-            raise ShapeError(f"bandwidth must be positive and finite, got {bandwidth!r}.")
+        check_options(form=form, distance=distance, normalize=normalize, bandwidth=bandwidth)
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         self.form, self.distance = form, distance
         self.standardize, self.normalize = standardize, normalize
-        _ = self.window  # checks the geometry now, not at the first call
+        _ = self.window  # like the options, the geometry is checked now, not at the first call
         # False inside `pacswap.disabled`: nothing is computed.
         self.enabled = True
         self.log_bandwidth = nn.Parameter(
@@ -111,6 +110,6 @@ class AdaptingKernel(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
-        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "form")
-        names += ("distance", "standardize", "normalize")
+        names = ["kernel_size", "stride", "padding", "dilation", "padding_mode", "form"]
+        names += ["distance", "standardize", "normalize"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -60,7 +60,7 @@ class _SquaredDistance(torch.autograd.Function):
         ctx.save_for_backward(padded)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (padded,) = ctx.saved_tensors
         window, size = ctx.window, ctx.size
         if torch.is_grad_enabled():
@@ -105,7 +105,7 @@ class _PacConv2d(torch.autograd.Function):
         ctx.save_for_backward(input, kernel, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             grads = differentiable_vjp(
@@ -115,7 +115,7 @@ class _PacConv2d(torch.autograd.Function):
                 grad,
             )
         else:
-            grads = _gradients(*inputs, grad, ctx.window, ctx.groups, needed)
+            grads = _gradients(inputs, grad, ctx.window, ctx.groups, needed)
         return *grads, None, None
 
 
@@ -135,7 +135,7 @@ class _KernelGradient(torch.autograd.Function):
         ctx.save_for_backward(input, kernel, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
             # y = conv(v) + Σ (K−1)·W·v: at K = 1 the sum is 0, its mixed second derivatives are not.
@@ -146,20 +146,19 @@ class _KernelGradient(torch.autograd.Function):
                 grad,
             )
         else:
-            grads = _gradients(*inputs, grad, ctx.window, ctx.groups, (False, True, False))
+            grads = _gradients(inputs, grad, ctx.window, ctx.groups, (False, True, False))
         return grad, *grads, None, None
 
 
 def _gradients(
-    input: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     window: Window,
     groups: int,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients for input, kernel and weight. Z = dY·W_tᵀ serves the first two."""
+    input, kernel, weight = inputs
     need_input, need_kernel, need_weight = needed
     wide = compute_dtype(input.dtype)
     size = (grad.shape[-2], grad.shape[-1])
@@ -201,8 +200,9 @@ def _add_product(output: Tensor, seen: Tensor, filters: Tensor) -> None:
     elif o == 1:
         output.view(-1, G).add_((seen.view(-1, G, c) * filters[:, :, 0]).sum(-1))
     else:
-        product = torch.bmm(seen.view(-1, G, c).transpose(0, 1), filters)  # [G, N, o]
-        output.view(-1, G, o).add_(product.transpose(0, 1))
+        # In place, which autocast leaves in the precision of its operands; it would round `bmm`.
+        grouped = output.view(-1, G, o).transpose(0, 1)  # [G, N, o]
+        grouped.baddbmm_(seen.view(-1, G, c).transpose(0, 1), filters)
 
 
 def _add_filter_gradient(grad_filters: Tensor, seen: Tensor, output: Tensor) -> None:

@@ -52,7 +52,8 @@ def adapting_kernel(
         bandwidth: width of the kernel, in units of the guidance; a positive number or scalar tensor.
         standardize: bring each channel of each image to mean 0 and variance 1 first.
         normalize: `"none"`; `"sum"`, K/ΣK; `"mean"`, KH·KW·K/ΣK with taps outside the image counted
-            as 1, so that a constant guidance gives exactly 1.
+            as 1, and all taps where the centre is outside, so that a constant guidance gives
+            exactly 1.
         blend: 0 gives 1 everywhere, 1 gives N(K); a number or a scalar tensor.
         backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
 
@@ -70,7 +71,10 @@ def adapting_kernel(
     window = make_window(
         kernel_size, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
     )
-    _check(guidance, form, distance, normalize, bandwidth)
+    if guidance.dim() != 4:
+        raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
+    check_floating(guidance=guidance)
+    check_options(form=form, distance=distance, normalize=normalize, bandwidth=bandwidth)
     features = guidance.to(compute_dtype(guidance.dtype))
     if standardize:
         features = standardized(features)
@@ -137,17 +141,19 @@ def _normalized(kernel: Tensor, normalize: str, window: Window, size: tuple[int,
     if normalize == "mean":
         inside = window.inside(*size, kernel.device)
         if inside is not None:
+            # A centre in the padding has no guidance to compare with: all its taps count as 1.
+            inside = inside & inside[:, window.centre : window.centre + 1]
             kernel = torch.where(inside, kernel, 1.0)
         return kernel * (window.taps / kernel.sum(1, keepdim=True))
     return kernel / kernel.sum(1, keepdim=True)
 
 
-def _check(
-    guidance: Tensor, form: str, distance: str, normalize: str, bandwidth: float | Tensor
-) -> None:
-    if guidance.dim() != 4:
-        raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
-    check_floating(guidance=guidance)
+def check_options(*, form: str, distance: str, normalize: str, bandwidth: float | Tensor) -> None:
+    """Raise unless `adapting_kernel` knows these options.
+
+    Raises:
+        ShapeError: an option is unknown or out of range.
+    """
     for name, value, known in (
         ("form", form, FORMS),
         ("distance", distance, DISTANCES),

@@ -59,13 +59,16 @@ def differentiable_vjp(
     Used inside a hand-written backward when the caller asked for `create_graph=True`.
     """
     with torch.enable_grad():
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        # Views: if one input was computed from another (the kernel from the image), a gradient must
+        # not follow that path too, which autograd walks by itself.
+        views = [None if x is None else x.view_as(x) for x in inputs]
+        wanted = [x for x, need in zip(views, needed, strict=True) if need and x is not None]
         grads = iter(
             torch.autograd.grad(
-                function(*inputs), wanted, grad_output, create_graph=True, allow_unused=True
+                function(*views), wanted, grad_output, create_graph=True, allow_unused=True
             )
         )
         return [
             next(grads) if need and x is not None else None
-            for x, need in zip(inputs, needed, strict=True)
+            for x, need in zip(views, needed, strict=True)
         ]

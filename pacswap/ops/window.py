@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pacswap.errors import ShapeError, quoted
 
-Size2: TypeAlias = "int | tuple[int, int] | list[int]"
-Padding: TypeAlias = "Size2 | Literal['same', 'valid']"
+Size2: TypeAlias = "int | tuple[int, ...] | list[int]"
+Padding: TypeAlias = "Size2 | str"
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 

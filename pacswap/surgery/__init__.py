@@ -1,23 +1,21 @@
 """From a pretrained model to its upgraded twin: trace, select, plan, rewrite, verify."""
 
-from pacswap.surgery.api import LayerInfo, carry_out, default_input, layers, plan, swap
 from pacswap.surgery.analyse import plan_groups
+from pacswap.surgery.api import LayerInfo, carry_out, default_input, layers, plan, swap
 from pacswap.surgery.calibrate import calibrate
-from pacswap.surgery.plan import Fault, Plan, Refusal
+from pacswap.surgery.plan import Plan
 from pacswap.surgery.rewrite import disabled, pac_layers, plan_of, revert, rewrite
 from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, LayerQuery
 from pacswap.surgery.verify import Check, Verification, verify
 
 __all__ = [
     "Check",
-    "Fault",
     "Group",
     "GuidanceSpec",
     "KernelSpec",
     "LayerInfo",
     "LayerQuery",
     "Plan",
-    "Refusal",
     "Verification",
     "calibrate",
     "carry_out",

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from pacswap.errors import PlanError
+from pacswap.errors import Fault, PlanError
 from pacswap.ops import make_window
 from pacswap.surgery.checks import why_not_conv, why_not_model
 from pacswap.surgery.cost import Cost, added_cost, model_parameters
 from pacswap.surgery.plan import (
-    Fault,
     Plan,
     PlannedGuidance,
     PlannedKernel,
     PlannedLayer,
     PlannedScope,
-    Refusal,
+    refusal,
 )
-from pacswap.surgery.scope import ScopeFinder
+from pacswap.surgery.scope import ScopeFinder, resolve_sources
 from pacswap.surgery.select import convolutions, select
 from pacswap.surgery.skeleton import ExampleInput, Observation, observe, skeleton
 from pacswap.surgery.spec import Group
@@ -47,9 +48,9 @@ def plan_groups(
     Raises:
         PlanError: with every fault of the request.
     """
-    refusal = why_not_model(model)
-    if refusal is not None:
-        raise Refusal(type(model).__name__, [Fault(f"{refusal}.")], False)
+    reason = why_not_model(model)
+    if reason is not None:
+        raise refusal(type(model).__name__, [Fault(f"{reason}.")], many_groups=False)
     return _Analysis(model, groups, example_input, list_command).plan()
 
 
@@ -81,9 +82,11 @@ class _Analysis:
         self.seen_train: Observation | None = None
 
     def plan(self) -> Plan:
-        claims = self._claims()
+        claims = [claim for claim in self._claims() if self._accepted(claim)]
+        for index, group in enumerate(self.groups):
+            faults, _ = resolve_sources(group.guidance, self.model, self.seen)
+            self.faults += [Fault(message, index, "guidance") for message in faults]
         self._stop_if_faulty()
-        claims = [claim for claim in claims if self._accepted(claim)]
         scopes = self._scopes(claims)
         self._stop_if_faulty()
         return self._assemble(claims, scopes)
@@ -109,7 +112,9 @@ class _Analysis:
         emptied = set(range(len(self.groups))) - set(owner.values())
         if not self.faults:
             for index in sorted(emptied):
-                self._fault("every layer of this group is overridden by later ones.", index, "layers")
+                self._fault(
+                    "every layer of this group is overridden by later ones.", index, "layers"
+                )
         return [_Claim(name, owner[name]) for name in ranked]
 
     def _accepted(self, claim: _Claim) -> bool:
@@ -141,8 +146,7 @@ class _Analysis:
         for index, group in enumerate(self.groups):
             members = [claim.name for claim in claims if claim.group == index]
             if members:
-                for message in finder.add(index, group, members):
-                    self._fault(message, index, "guidance")
+                finder.add(index, group, members)
         found = []
         for scope, indices, faults in finder.traced():
             self.faults += [Fault(message, indices[0], "layers") for message in faults]
@@ -161,7 +165,9 @@ class _Analysis:
         before = len(self.faults)
         for index in indices:
             members = [claim.name for claim in claims if claim.group == index]
-            for field, message in why_not_fed(scope, self.groups[index].guidance, members, self.seen):
+            for field, message in why_not_fed(
+                scope, self.groups[index].guidance, members, self.seen
+            ):
                 self._fault(message, index, field)
         return len(self.faults) == before
 
@@ -198,10 +204,8 @@ class _Analysis:
         (first, *rest) = self.example if isinstance(self.example, tuple) else (self.example,)
         if not rest and isinstance(first, Tensor) and first.dim() == 4:
             larger = (*first.shape[:2], first.shape[2] + 37, first.shape[3] + 21)
-            try:
+            with suppress(PlanError):  # a model of one fixed size: one look says it all
                 observations.append(observe(self.bones, first.new_empty(larger, device="meta")))
-            except PlanError:
-                pass  # a model of one fixed size: one look says it all
         return {
             name: tuple(
                 tuple(call.input_shape[2:])
@@ -218,7 +222,8 @@ class _Analysis:
     def _stop_if_faulty(self) -> None:
         if self.faults:
             unique = list(dict.fromkeys(self.faults))
-            raise Refusal(type(self.model).__name__, unique, len(self.groups) > 1)
+            many = len(self.groups) > 1
+            raise refusal(type(self.model).__name__, unique, many_groups=many)
 
 
 class _Builder:
@@ -237,10 +242,10 @@ class _Builder:
         conv = self.analysis.convs[claim.name]
         guidance = self._guidance(index, scope, probe, claim)
         window = make_window(
-            tuple(conv.kernel_size),  # type: ignore[arg-type]
-            stride=tuple(conv.stride),  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            dilation=tuple(conv.dilation),  # type: ignore[arg-type]
+            tuple(conv.kernel_size),
+            stride=tuple(conv.stride),
+            padding=conv.padding,
+            dilation=tuple(conv.dilation),
             padding_mode=conv.padding_mode,
         )
         key = (guidance, group.kernel, window, self.sizes[claim.name])
@@ -261,7 +266,7 @@ class _Builder:
             PlannedLayer(
                 claim.name,
                 claim.group,
-                conv_in_words(conv),  # type: ignore[arg-type]
+                conv_in_words(conv),
                 self._kernel_keys[key],
                 conv.in_channels,
                 max(len(trace.calls.get(scope.local(claim.name), [])) for trace in scope.traces),
@@ -289,7 +294,7 @@ class _Builder:
         return len(self.guidances) - 1
 
 
-def conv_in_words(conv: nn.Conv2d) -> str:
+def conv_in_words(conv: _ConvNd) -> str:
     """A convolution in a few words.
 
     >>> conv_in_words(nn.Conv2d(128, 256, 3, stride=2))

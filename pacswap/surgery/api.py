@@ -58,10 +58,12 @@ def plan(
         Conv2d 512→512 3×3
     """
     made = as_groups(layers, guidance, kernel, groups)
-    refusal = why_not_model(model)
-    if refusal is not None:
-        raise PlanError(f"cannot swap in {type(model).__name__}: {refusal}.")
-    return plan_groups(model, made, default_input(model) if example_input is None else example_input)
+    reason = why_not_model(model)
+    if reason is not None:
+        raise PlanError(f"cannot swap in {type(model).__name__}: {reason}.")
+    return plan_groups(
+        model, made, default_input(model) if example_input is None else example_input
+    )
 
 
 def swap(
@@ -103,9 +105,7 @@ def swap(
         True
     """
     example = default_input(model) if example_input is None else example_input
-    planned = plan(
-        model, layers, guidance, kernel=kernel, groups=groups, example_input=example
-    )
+    planned = plan(model, layers, guidance, kernel=kernel, groups=groups, example_input=example)
     return carry_out(model, planned, example, calibration)
 
 
@@ -157,13 +157,15 @@ def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[
     Raises:
         PlanError: the model does not run on the example input.
     """
-    seen = observe(skeleton(model).eval(), default_input(model) if example_input is None else example_input)
+    seen = observe(
+        skeleton(model).eval(), default_input(model) if example_input is None else example_input
+    )
     shapes = {call.name: call.output_shape for call in reversed(seen.calls)}
     order = {call.name: call.order for call in reversed(seen.calls)}
     found = []
     for name, conv in convolutions(model).items():
         if is_spatial(conv):
-            found.append(LayerInfo(name, conv_in_words(conv), shapes.get(name), why_not_conv(conv)))  # type: ignore[arg-type]
+            found.append(LayerInfo(name, conv_in_words(conv), shapes.get(name), why_not_conv(conv)))
     return sorted(found, key=lambda info: order.get(info.name, len(seen.calls)))
 
 

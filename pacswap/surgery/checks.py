@@ -72,7 +72,9 @@ def why_not_conv(conv: _ConvNd) -> str | None:
     if own_forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         return f"{kind} computes something else than Conv2d, which would be lost"
     if max(conv.kernel_size) == 1:
-        return "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"
+        return (
+            "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"
+        )
     return None
 
 

@@ -5,48 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pacswap.errors import PlanError
+from pacswap.errors import Fault, PlanError
 from pacswap.surgery.cost import Cost
 from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec
 from pacswap.surgery.trace import Trace
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that cannot be done as asked.
-
-    Attributes:
-        message: a sentence or two: what, why, and the way out.
-        group: the index of the group that asked for it, if one did.
-        field: the part of the group at fault: `layers`, `guidance` or `kernel`.
-    """
-
-    message: str
-    group: int | None = None
-    field: str | None = None
-
-
-class Refusal(PlanError):
-    """A `PlanError` that keeps its faults apart, so that a recipe can point at its own lines."""
-
-    def __init__(self, model: str, faults: Sequence[Fault], many_groups: bool) -> None:
-        """Build the message from the faults."""
-        self.model, self.faults = model, tuple(faults)
-        lines = []
-        for fault in faults:
-            place = fault.field or ""
-            if many_groups and fault.group is not None:
-                place = f"group {fault.group} {place}".strip()
-            lines.append(f"{place}: {fault.message}" if place else fault.message)
-        super().__init__(refusal_message(model, lines))
-
-
-def refusal_message(model: str, lines: Sequence[str]) -> str:
-    """The whole message of a refused plan."""
+def refusal(model: str, faults: Sequence[Fault], *, many_groups: bool) -> PlanError:
+    """The error for a request with these faults."""
+    lines = []
+    for fault in faults:
+        place = fault.field or ""
+        if many_groups and fault.group is not None:
+            place = f"group {fault.group} {place}".strip()
+        lines.append(f"{place}: {fault.message}" if place else fault.message)
     if len(lines) == 1:
-        return f"cannot swap in {model}: {lines[0]}"
+        return PlanError(f"cannot swap in {model}: {lines[0]}", faults)
     listed = "\n".join(f"  - {line}" for line in lines)
-    return f"cannot swap in {model}, {len(lines)} faults:\n{listed}"
+    return PlanError(f"cannot swap in {model}, {len(lines)} faults:\n{listed}", faults)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""A module that runs a rewritten graph and is otherwise itself: same class for `isinstance`, same
-attributes and methods, copied, pickled and moved like before.
+"""A module that runs a rewritten graph and is otherwise itself.
+
+Same class for `isinstance`, same attributes and methods; copied, pickled and moved like before.
 
 The graph's code lives on the instance as a `Program`; the instance's class is a subclass of its own
 class whose one replaced method runs it.
@@ -107,14 +108,24 @@ def is_installed(module: nn.Module) -> bool:
     return _SLOT in vars(module)
 
 
-@functools.lru_cache(maxsize=None)
+_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
 def upgraded_class(base: type[nn.Module], method: str) -> type[nn.Module]:
-    """The subclass of `base` whose `method` runs the instance's program."""
+    """The subclass of `base` whose `method` runs the instance's program; the same one each time."""
+    if (base, method) not in _classes:
+        _classes[base, method] = _subclass(base, method)
+    return _classes[base, method]
+
+
+def _subclass(base: type[nn.Module], method: str) -> type[nn.Module]:
     original = getattr(base, method)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         program = vars(self).get(_SLOT)
-        if program is None:  # made by the class itself, as slicing a Sequential does: no graph, no swap
+        if (
+            program is None
+        ):  # made by the class itself, as slicing a Sequential does: no graph, no swap
             return original(self, *args, **kwargs)
         if getattr(self, "grad_checkpointing", False):
             raise GuidanceError(
@@ -145,7 +156,11 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     made_by, arguments = reduced[0], reduced[1]
     assert arguments[0] is cls or made_by is not None
     rest = tuple(a for a in arguments if a is not cls)
-    return (_new_upgraded, (vars(cls)["_pacswap_base"], vars(cls)["_pacswap_method"], *rest), *reduced[2:])
+    return (
+        _new_upgraded,
+        (vars(cls)["_pacswap_base"], vars(cls)["_pacswap_method"], *rest),
+        *reduced[2:],
+    )
 
 
 def _new_upgraded(base: type[nn.Module], method: str, *args: Any) -> nn.Module:

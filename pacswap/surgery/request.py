@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 
 def as_groups(
-    layers: Any = None, guidance: Any = None, kernel: Any = None, groups: Iterable[Any] | None = None
+    layers: Any = None,
+    guidance: Any = None,
+    kernel: Any = None,
+    groups: Iterable[Any] | None = None,
 ) -> tuple[Group, ...]:
     """Groups from the arguments of `plan` and `swap`.
 
@@ -52,13 +55,17 @@ def as_groups(
 
 def _group(given: Any, where: str, faults: list[str]) -> Group | None:
     if isinstance(given, Group):
-        given = {name: getattr(given, name) for name in ("layers", "guidance", "kernel", "override")}
+        given = {
+            name: getattr(given, name) for name in ("layers", "guidance", "kernel", "override")
+        }
     if not isinstance(given, Mapping):
         faults.append(f"{where.rstrip('.')}: expected a pacswap.Group or a mapping, got {given!r}.")
         return None
     known = [f.name for f in fields(Group)]
     faults += [
-        f"{where}{key}: unknown key. {nearest_hint(str(key), known)}" for key in given if key not in known
+        f"{where}{key}: unknown key. {nearest_hint(str(key), known)}"
+        for key in given
+        if key not in known
     ]
     missing = [key for key in ("layers", "guidance") if given.get(key) is None]
     faults += [f"{where}{key}: missing." for key in missing]
@@ -66,7 +73,9 @@ def _group(given: Any, where: str, faults: list[str]) -> Group | None:
         return None
     layers = _layers(given["layers"], f"{where}layers", faults)
     guidance = _guidance(given["guidance"], f"{where}guidance", faults)
-    kernel = _from_mapping(KernelSpec, given.get("kernel") or KernelSpec(), f"{where}kernel", faults)
+    kernel = _from_mapping(
+        KernelSpec, given.get("kernel") or KernelSpec(), f"{where}kernel", faults
+    )
     if kernel is not None:
         _check_kernel(kernel, f"{where}kernel", faults)
     if guidance is None or kernel is None:
@@ -115,7 +124,9 @@ def _check_kernel(spec: KernelSpec, where: str, faults: list[str]) -> None:
     if not _is_number(spec.blend):
         faults.append(f"{where}.blend: expected a finite number, got {spec.blend!r}.")
     if spec.bandwidth != "auto" and not (_is_number(spec.bandwidth) and spec.bandwidth > 0):
-        faults.append(f"{where}.bandwidth: expected a positive number or 'auto', got {spec.bandwidth!r}.")
+        faults.append(
+            f"{where}.bandwidth: expected a positive number or 'auto', got {spec.bandwidth!r}."
+        )
 
 
 def _check_word(where: str, value: Any, known: tuple[str, ...], faults: list[str]) -> None:

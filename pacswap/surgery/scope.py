@@ -46,11 +46,9 @@ class ScopeFinder:
         self.model, self.bones, self.seen, self.seen_train = model, bones, seen, seen_train
         self.drafts: list[_Draft] = []
 
-    def add(self, index: int, group: Group, members: list[str]) -> list[str]:
-        """Find the scope of one group; returns faults of its guidance."""
-        faults, sources = resolve_sources(group.guidance, self.model, self.seen)
-        if faults:
-            return faults
+    def add(self, index: int, group: Group, members: list[str]) -> None:
+        """Find the scope of one group whose guidance can be resolved."""
+        _, sources = resolve_sources(group.guidance, self.model, self.seen)
         seen = self.seen
         if any(not seen.of(name) for name in members):
             seen = self.seen_train()  # an auxiliary head that rests in eval mode
@@ -64,7 +62,6 @@ class ScopeFinder:
             for call in calls:
                 draft.enter.update(_between(call.stack if is_label else call.stack[:-1], entry))
         self._merge(draft)
-        return []
 
     def traced(self) -> Iterator[tuple[PlannedScope | None, list[int], list[str]]]:
         """Each scope with its graphs (None if it cannot be had), its groups, and its faults."""
@@ -77,7 +74,11 @@ class ScopeFinder:
             try:
                 train, evaluate = self._trace(draft)
             except TraceFailure as failure:
-                where = f"'{draft.entry[0]}' ({type(module).__name__})" if draft.entry[0] else "the model"
+                where = (
+                    f"'{draft.entry[0]}' ({type(module).__name__})"
+                    if draft.entry[0]
+                    else "the model"
+                )
                 yield None, draft.groups, [f"{where} cannot be traced: {failure}."]
                 continue
             scope = PlannedScope(*draft.entry, type(module).__name__, train, evaluate)
@@ -201,9 +202,7 @@ def _owner_of(label: str, ran: list[str]) -> str | None:
     return None if parts else ""
 
 
-def _guidance_calls(
-    source: str, model: nn.Module, seen: Observation
-) -> tuple[list[Call], bool]:
+def _guidance_calls(source: str, model: nn.Module, seen: Observation) -> tuple[list[Call], bool]:
     """The calls that make a source, and whether it is a label (then its owner's calls)."""
     if source in ("input", "external"):
         return [], False
@@ -234,11 +233,12 @@ def _deepest_common(
             continue
         if "input" in sources and entry not in image_entries:
             continue
-        around = [dict((e, order) for order, e in call.stack[:-1]).get(entry) for call in layers]
+        around = [{e: order for order, e in call.stack[:-1]}.get(entry) for call in layers]
         if any(order is None for order in around):
             continue
         if all(
-            set(around) <= {order for call in calls for order, e in _upper(call, label) if e == entry}
+            set(around)
+            <= {order for call in calls for order, e in _upper(call, label) if e == entry}
             for calls, label in guidances
             if calls
         ):

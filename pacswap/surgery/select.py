@@ -107,7 +107,9 @@ def _no_match(pattern: str, model: nn.Module, convs: dict[str, _ConvNd], describ
         first = next(name for name, conv in convs.items() if conv is modules[pattern])
         return f"'{pattern}' is another name of '{first}'. Use that one."
     if pattern in modules:
-        inner = [name for name in convs if name.startswith(f"{pattern}.") and is_spatial(convs[name])]
+        inner = [
+            name for name in convs if name.startswith(f"{pattern}.") and is_spatial(convs[name])
+        ]
         hint = f" Convolutions in it: {quoted(inner[:3])}." if inner else ""
         return f"'{pattern}' is a {type(modules[pattern]).__name__}, not a convolution.{hint}"
     text = pattern.removeprefix("re:")
@@ -137,7 +139,9 @@ def _by_query(
     found = [name for name, conv in spatial.items() if _has(conv, query)]
     for pattern in _strings(query.name):
         if not _safely(pattern, spatial, faults):
-            faults.append(f"name: '{pattern}' matches none of the {len(spatial)} spatial convolutions.")
+            faults.append(
+                f"name: '{pattern}' matches none of the {len(spatial)} spatial convolutions."
+            )
     if query.name is not None:
         named = {n for pattern in _strings(query.name) for n in _safely(pattern, spatial, [])}
         found = [name for name in found if name in named]

@@ -135,7 +135,9 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
         with torch.no_grad():
             bones(*to_meta(example_input))
     except Exception as error:  # the model's own code: anything can come out of it
-        shapes = [tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)]
+        shapes = [
+            tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)
+        ]
         raise PlanError(
             f"{type(bones).__name__} does not run on an example input of shape "
             f"{', '.join(map(str, shapes))}: {type(error).__name__}: {error}. "

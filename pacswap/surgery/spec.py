@@ -5,13 +5,11 @@ These dataclasses are the one source of the defaults; the recipe schema and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from torch import nn
-
-from pacswap.errors import PlanError, nearest_hint
 
 Resize = Literal["bilinear", "nearest", "area"]
 Form = Literal["gaussian"]

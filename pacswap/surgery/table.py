@@ -87,7 +87,7 @@ def _guidance_in_words(guidance: PlannedGuidance) -> str:
 
 def _kernel_in_words(kernels: Sequence[PlannedKernel]) -> str:
     spec = kernels[0].spec
-    words = [spec.form]
+    words: list[str] = [spec.form]
     if spec.normalize != "none":
         words.append(f"normalised by the {spec.normalize}")
     start = "0 (starts as the plain convolution)" if spec.blend == 0 else f"{spec.blend:g}"

@@ -178,7 +178,7 @@ def merge_modes(train: Trace, evaluate: Trace) -> bool:
     pairs = list(zip(train.graph.nodes, evaluate.graph.nodes, strict=False))
     if len(train.graph.nodes) != len(evaluate.graph.nodes):
         return False
-    twin = {a: b for a, b in pairs}
+    twin = dict(pairs)
     flags: list[tuple[Node, Any, Any]] = []
     for a, b in pairs:
         same = a.op == b.op and a.target == b.target
@@ -189,9 +189,7 @@ def merge_modes(train: Trace, evaluate: Trace) -> bool:
     for node, ours, theirs in flags:
         owner = _owner(node)
         with train.graph.inserting_before(node):
-            flag = train.graph.create_node(
-                "get_attr", f"{owner}.training" if owner else "training"
-            )
+            flag = train.graph.create_node("get_attr", f"{owner}.training" if owner else "training")
         args, kwargs = _with_flag(ours, theirs, flag)
         node.args, node.kwargs = args, kwargs
     return True
@@ -212,7 +210,9 @@ def _agree(ours: Any, theirs: Any, twin: dict[Node, Node]) -> bool:
             _agree(a, b, twin) for a, b in zip(ours, theirs, strict=True)
         )
     if isinstance(ours, slice):
-        return _agree((ours.start, ours.stop, ours.step), (theirs.start, theirs.stop, theirs.step), twin)
+        return _agree(
+            (ours.start, ours.stop, ours.step), (theirs.start, theirs.stop, theirs.step), twin
+        )
     return bool(ours == theirs)
 
 
@@ -287,4 +287,3 @@ def _notrace_functions() -> Iterator[Callable[..., Any]]:
     timm_fx = sys.modules.get("timm.layers._fx")
     if timm_fx is not None:
         yield from (f for f in timm_fx.get_notrace_functions() if callable(f))
-

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import PacswapError, VerificationError
-from pacswap.surgery.modes import kept_modes
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.rewrite import pac_layers, plan_of, revert
 from pacswap.surgery.skeleton import ExampleInput
@@ -178,9 +177,8 @@ def relative_error(before: Any, after: Any) -> tuple[float, torch.dtype]:
         both = torch.isnan(x) & torch.isnan(y)
         difference = torch.where(both, torch.zeros_like(x), x - y).abs().max().item()
         scale = x[~torch.isnan(x)].abs().max().item() if not both.all() else 1.0
-        worst = max(worst, difference / max(scale, torch.finfo(torch.float64).tiny))
-        if math.isnan(difference):
-            worst = math.inf
+        error = difference / max(scale, torch.finfo(torch.float64).tiny)
+        worst = math.inf if math.isnan(error) else max(worst, error)
     return worst, dtype
 
 
@@ -202,12 +200,12 @@ def _gradients(
     parameters = dict(twin.named_parameters())
     for name in added:
         parameters[name].requires_grad_(True)
-    first = _backward(twin, args, extra)
+    _backward(twin, args, extra)
     own = {name: layer.blend.grad for name, layer in layers.items()}
     dead = [name for name, grad in own.items() if not _alive(grad)]
     note = f" ({nudged} zero-initialised scales opened)" if nudged else ""
     checks = [Check(2, "every swapped layer learns", not dead, _how_many(dead, len(own)) + note)]
-    _step([parameters[name] for name in added], first)
+    _step([parameters[name] for name in added])
     twin.zero_grad()
     _backward(twin, args, extra)
     still = [name for name in added if not _alive(parameters[name].grad)]
@@ -215,8 +213,8 @@ def _gradients(
     return [*checks, Check(2, "after one step everything added learns", not still, words)]
 
 
-def _backward(twin: nn.Module, args: tuple[Any, ...], extra: dict[str, Any]) -> float:
-    """Back-propagate a fixed random projection of all outputs; returns its value."""
+def _backward(twin: nn.Module, args: tuple[Any, ...], extra: dict[str, Any]) -> None:
+    """Back-propagate a fixed random projection of all outputs."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         output = twin(*_copied(args), **extra)
@@ -228,10 +226,9 @@ def _backward(twin: nn.Module, args: tuple[Any, ...], extra: dict[str, Any]) -> 
                 total = total + (leaf * weights).mean().double().cpu()
         if total.requires_grad:
             total.backward()
-    return total.item()
 
 
-def _step(parameters: list[nn.Parameter], loss: float) -> None:
+def _step(parameters: list[nn.Parameter]) -> None:
     """One step of plain gradient descent, its longest component scaled to 0.1 as a schedule would."""
     grads = [p.grad for p in parameters if p.grad is not None]
     longest = max((grad.abs().max().item() for grad in grads), default=0.0)
@@ -239,7 +236,7 @@ def _step(parameters: list[nn.Parameter], loss: float) -> None:
         with torch.no_grad():
             for parameter in parameters:
                 if parameter.grad is not None:
-                    parameter -= 0.1 / longest * parameter.grad
+                    parameter.sub_(parameter.grad, alpha=0.1 / longest)
 
 
 def _open_zero_scales(model: nn.Module) -> int:
@@ -251,8 +248,9 @@ def _open_zero_scales(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        is_scale = isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight.numel() > 0
-        if is_scale and not weight.detach().any():
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.numel() == 0:
+            continue
+        if not weight.detach().any():
             nn.init.ones_(weight)
             count += 1
     return count
@@ -294,35 +292,30 @@ def _reverted(original: nn.Module, upgraded: nn.Module, args: tuple[Any, ...]) -
     return [Check(4, "revert gives the original back", passed, words)]
 
 
-def _guided(
-    upgraded: nn.Module, plan: Plan, args: tuple[Any, ...], extra: dict[str, Any]
-) -> Check:
+def _guided(upgraded: nn.Module, plan: Plan, args: tuple[Any, ...], extra: dict[str, Any]) -> Check:
     """Promise 5: every planned layer is there and answers to its guidance."""
     twin = copy.deepcopy(upgraded).eval()
     layers = pac_layers(twin)
     missing = [layer.name for layer in plan.layers if layer.name not in layers]
-    deaf = []
+    heard = dict.fromkeys(layers, 0.0)
+    for name, layer in layers.items():
+
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+        ) -> None:
+            kernel = kwargs.get("kernel")
+            if kernel is not None:
+                heard[name] = max(heard[name], (kernel - 1).abs().max().item())
+
+        layer.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
-        for name, layer in layers.items():
-            heard: list[float] = []
-
-            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                kernel = kwargs.get("kernel")
-                heard.append(0.0 if kernel is None else (kernel - 1).abs().max().item())  # noqa: B023
-
-            handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+        twin(*_copied(args), **extra)
+        if not all(heard.values()):  # a head that rests in eval mode
+            twin.train()
             twin(*_copied(args), **extra)
-            if not heard:  # a head that rests in eval mode
-                with kept_modes(twin):
-                    twin.train()
-                    twin(*_copied(args), **extra)
-            handle.remove()
-            if not heard or max(heard) == 0:
-                deaf.append(name)
+    deaf = [name for name, largest in heard.items() if largest == 0]
     words = _how_many(missing + deaf, len(plan.layers), "answer to their guidance")
     return Check(5, "every planned layer is swapped and guided", not missing and not deaf, words)
-
-
 
 
 def _alive(grad: Tensor | None) -> bool:
@@ -331,7 +324,9 @@ def _alive(grad: Tensor | None) -> bool:
 
 def _how_many(dead: list[str], total: int, words: str = "have a gradient") -> str:
     text = f"{total - len(dead)} of {total} {words}"
-    return text if not dead else f"{text}; not: {', '.join(dead[:5])}{', …' if len(dead) > 5 else ''}"
+    return (
+        text if not dead else f"{text}; not: {', '.join(dead[:5])}{', …' if len(dead) > 5 else ''}"
+    )
 
 
 def _identical(a: Any, b: Any) -> bool:
@@ -349,5 +344,3 @@ def _floating(output: Any) -> Iterator[Tensor]:
 def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments that a model may overwrite in place."""
     return pytree.tree_map_only(Tensor, lambda t: t.clone(), args)
-
-

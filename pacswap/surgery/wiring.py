@@ -174,7 +174,9 @@ def why_not_fed(
             for layer in layers:
                 calls = trace.calls.get(scope.local(layer), [])
                 if calls and rank[node] >= rank[calls[0]]:
-                    faults.append(("guidance", _too_late(layer, source, calls[0], trace, scope, seen)))
+                    faults.append(
+                        ("guidance", _too_late(layer, source, calls[0], trace, scope, seen))
+                    )
     return list(dict.fromkeys(faults))
 
 
@@ -261,6 +263,8 @@ def _too_late(
             break
         if node.op == "call_module":
             earlier.append(node.meta[LABEL])
+    if source == layer:
+        return f"'{layer}' cannot guide itself. Name a layer that runs earlier."
     prefix = f"{scope.module}." if scope.module else ""
     order = {c.name: c.order for c in reversed(seen.calls)}
     numbers = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pacswap.errors import ModelError, WeightsError, nearest_hint, quoted
 from pacswap.shipped import shipped_folder
 from pacswap.zoo.weights import load_weights_file
 
+SOURCE = "_pacswap_source"
 LIBRARIES = ("timm", "torchvision", "python", "pacswap")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -58,14 +59,17 @@ def build(
         WeightsError: the weights cannot be had, or don't fit.
     """
     factory = _factory(source, trust_python)
-    if meta:
-        return _on_meta(factory, source)
     weights = source.weights
-    if weights is not None and weights.endswith(FILE_SUFFIXES):
+    if meta:
+        model = _on_meta(factory, source)
+    elif weights is not None and weights.endswith(FILE_SUFFIXES):
         model = _made(factory, source, None)
         load_weights_file(model, (folder or Path()) / weights)
-        return model
-    return _made(factory, source, weights)
+    else:
+        model = _made(factory, source, weights)
+    # What was built says by what, so that it can be saved without asking.
+    vars(model)[SOURCE] = replace(source, weights=None)
+    return model
 
 
 def model_names(library: str | None = None) -> dict[str, list[str]]:

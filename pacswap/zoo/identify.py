@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from pacswap.errors import ModelError
-from pacswap.zoo.build import Source, build
-
-SOURCE = "_pacswap_source"
+from pacswap.zoo.build import SOURCE, Source, build
 
 
 def identify(model: nn.Module) -> Source | None:
@@ -37,12 +35,6 @@ def identify(model: nn.Module) -> Source | None:
     return None
 
 
-def remember(model: nn.Module, source: Source) -> nn.Module:
-    """Note on a model what built it."""
-    vars(model)[SOURCE] = source
-    return model
-
-
 def _candidates(model: nn.Module) -> Iterator[Source]:
     origin = type(model).__module__.split(".")[0]
     if origin == "timm":
@@ -51,7 +43,9 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
         yield from _torchvision_candidates(model)
     elif type(model).__module__.startswith("pacswap.zoo"):
         classes = getattr(model, "num_classes", None)
-        yield Source("pacswap", "scene_net", None, {} if classes is None else {"num_classes": classes})
+        yield Source(
+            "pacswap", "scene_net", None, {} if classes is None else {"num_classes": classes}
+        )
 
 
 def _timm_candidates(model: nn.Module) -> Iterator[Source]:
@@ -69,9 +63,7 @@ def _timm_candidates(model: nn.Module) -> Iterator[Source]:
         guesses += [{"features_only": True}, {"features_only": True, "out_indices": indices}]
         strides = {f.get("reduction") for f in getattr(info, "info", [])}
         for stride in sorted(s for s in strides if s in (8, 16)):
-            guesses.append(
-                {"features_only": True, "out_indices": indices, "output_stride": stride}
-            )
+            guesses.append({"features_only": True, "out_indices": indices, "output_stride": stride})
     else:
         guesses += [{**guess, "output_stride": s} for guess in list(guesses) for s in (8, 16)]
     yield from (Source("timm", name, None, guess) for guess in guesses)

@@ -1,0 +1,273 @@
+"""Model directories: weights as safetensors, structure as a recipe. Loading needs no user's code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pacswap.errors import CheckpointError, PacswapError
+from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
+from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
+from pacswap.surgery.skeleton import skeleton
+from pacswap.zoo import Source, build, identify
+from pacswap.zoo.weights import why_not_fit
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.yaml"
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    source: Source | Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an upgraded model to a directory that `load` rebuilds it from.
+
+    Args:
+        model: an upgraded network.
+        folder: the directory to make. It appears whole or not at all.
+        source: how the original network is built: a mapping with `library`, `name` and `args`. Left
+            out, networks of timm and torchvision are recognised by their structure.
+        overwrite: replace an existing model directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        PlanError: the model was not upgraded by pacswap.
+        CheckpointError: the directory exists, cannot be written, or the original network is not known.
+    """
+    plan = plan_of(model)
+    if source is None:
+        source = identify(revert(skeleton(model)))
+    if source is None:
+        raise CheckpointError(
+            f"cannot tell how this {type(model).__name__} is built, so load could not rebuild it. Say "
+            'it: pacswap.save(model, folder, source={"library": "timm", "name": "resnet50", '
+            '"args": {"num_classes": 10}}); library is timm, torchvision or python '
+            "(package.module:factory)."
+        )
+    if not isinstance(source, Source):
+        source = Source(**source)
+    recipe = recipe_of(plan, source)
+    with new_folder(Path(folder), overwrite=overwrite) as draft:
+        write_model(model, recipe, draft)
+    return Path(folder)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    trust_python: bool = False,
+) -> nn.Module:
+    """Rebuild an upgraded model from a directory, without network and without its user's code.
+
+    Args:
+        folder: what `save` or `pacswap apply -o` wrote.
+        device: where to put the model.
+        trust_python: allow a network that a Python factory builds, which runs its code.
+
+    Returns:
+        The upgraded model, in eval mode.
+
+    Raises:
+        CheckpointError: the directory lacks a file, is damaged, or does not fit its own recipe.
+        ModelError: the network cannot be built.
+    """
+    folder = Path(folder)
+    missing = [name for name in (RECIPE, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"'{folder}' is not a model directory: it has no {' and no '.join(missing)}. Name one that "
+            "pacswap.save or pacswap apply -o wrote."
+        )
+    loaded = load_recipe(folder / RECIPE)
+    plain = build(source_of(loaded.recipe, weights=False), trust_python=trust_python)
+    try:
+        plan = plan_groups(plain, groups_of(loaded.recipe), example_of(loaded, plain))
+    except PacswapError as error:
+        raise CheckpointError(
+            f"'{folder}' cannot be rebuilt with the installed libraries: {error}"
+        ) from error
+    model = rewrite(plain, plan)
+    _load_weights(model, folder / WEIGHTS)
+    return model.to(device).eval()
+
+
+def recipe_of(plan: Plan, source: Source) -> Recipe:
+    """The recipe that describes an upgraded model."""
+    return Recipe.model_validate(
+        {
+            "version": 1,
+            "model": {
+                "library": source.library,
+                "name": source.name,
+                "weights": None,
+                "args": dict(source.args),
+                "input_size": list(plan.input_shape[1:]),
+            },
+            "swap": [_swap_section(group) for group in plan.record().groups],
+        }
+    )
+
+
+def pinned(recipe: Recipe, plan: Plan) -> Recipe:
+    """A recipe with its patterns replaced by the layers that they matched, and its image size."""
+    sections = [_swap_section(group) for group in plan.record().groups]
+    data = recipe.model_dump(by_alias=True)
+    data["swap"] = sections
+    data["model"]["input_size"] = list(plan.input_shape[1:])
+    return Recipe.model_validate(data)
+
+
+def source_of(recipe: Recipe, *, weights: bool = True) -> Source:
+    """What a recipe's model section builds."""
+    model = recipe.model
+    return Source(model.library, model.name, model.weights if weights else None, model.args)
+
+
+def groups_of(recipe: Recipe) -> tuple[Group, ...]:
+    """What a recipe's swap section asks for."""
+    return tuple(section.to_spec() for section in recipe.swap)
+
+
+def example_of(loaded: LoadedRecipe, model: nn.Module) -> torch.Tensor:
+    """An image on the meta device, of the size that a recipe, the library or the model names."""
+    from pacswap.surgery import default_input
+    from pacswap.zoo import input_size
+
+    recipe = loaded.recipe
+    default = default_input(model)
+    size = recipe.model.input_size or input_size(source_of(recipe), model)
+    return default if size is None else default.new_empty(1, *size)
+
+
+def write_model(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """Put weights and recipe into an existing folder.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
+
+    try:
+        save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+        (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the model: {error}. Is the disk full?") from error
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes `target` on leaving, whole, or vanishes on an error.
+
+    Raises:
+        CheckpointError: `target` exists and may not be replaced, or cannot be made.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside '{target}': {error}.") from error
+    try:
+        yield draft
+        _sync(draft)
+        draft.chmod(0o755)
+        _move(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise unless `target` may be made.
+
+    Raises:
+        CheckpointError: something is there already.
+    """
+    if not target.exists():
+        return
+    is_ours = (target / RECIPE).is_file() or (target.is_dir() and not any(target.iterdir()))
+    if not is_ours:
+        raise CheckpointError(
+            f"'{target}' exists and is not a model directory; it is not replaced. Name another one."
+        )
+    if not overwrite and any(target.iterdir()):
+        raise CheckpointError(
+            f"'{target}' exists. Name another directory, or replace it: --overwrite on the command "
+            "line, overwrite=True in Python."
+        )
+
+
+def _move(draft: Path, target: Path) -> None:
+    """Put a finished folder in place; an old one stays until the new one is there."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target.rename(old / "old")
+    try:
+        draft.rename(target)
+    except OSError:
+        (old / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that the files' contents are on the disk before their folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes files that nobody else may read
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Strictly, in the dtypes that were saved."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, load_model
+
+    try:
+        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            aliases = {k: v for k, v in (file.metadata() or {}).items() if k != "format"}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"'{path}' is not a readable safetensors file: {error}. It may be truncated; write the model "
+            "directory again."
+        ) from error
+    state.update({name: state[kept] for name, kept in aliases.items() if kept in state})
+    faults = why_not_fit(model, state)
+    if faults:
+        raise CheckpointError(
+            f"'{path}' does not fit the network of its recipe: {'; '.join(faults)}. The library may have "
+            "changed since; install the version that wrote it."
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if name in state and state[name].dtype != tensor.dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+    load_model(model, path)
+
+
+def _swap_section(group: Group) -> dict[str, Any]:
+    guidance = asdict(group.guidance)
+    source = guidance.pop("source")
+    guidance["from"] = list(source) if isinstance(source, tuple) else source
+    layers = group.layers if isinstance(group.layers, tuple) else (group.layers,)
+    return {"layers": list(layers), "guidance": guidance, "kernel": asdict(group.kernel)}

@@ -1,0 +1,290 @@
+"""The command `pacswap`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pacswap.errors import PacswapError
+
+app = typer.Typer(
+    name="pacswap",
+    help="Swap convolutions of pretrained networks for pixel-adaptive ones, without breaking them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ls = typer.Typer(help="List recipes, models, or a model's layers.", invoke_without_command=True)
+app.add_typer(ls, name="ls")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as model.weights=null."),
+]
+TrustPython = Annotated[
+    bool, typer.Option("--trust-python", help="Allow library: python, which runs code.")
+]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command; errors go to stderr in plain words, with exit code 2."""
+    try:
+        app(args=args, prog_name="pacswap")
+    except PacswapError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written.", 130)
+    except BrokenPipeError:  # `pacswap ls models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:  # the last door: a user sees words, a developer asks for more
+        if os.environ.get("PACSWAP_DEBUG"):
+            raise
+        _fail(
+            f"internal error: {type(error).__name__}: {error}\nThis is a fault of pacswap. Run it again "
+            "with PACSWAP_DEBUG=1 for the traceback, and please report it.",
+            1,
+        )
+
+
+@app.command()
+def apply(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The model directory to write.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing model directory.")
+    ] = False,
+    trust_python: TrustPython = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upgrade a network as a recipe says, and prove that nothing broke."""
+    from pacswap.upgrade import STEPS
+    from pacswap.upgrade import apply as run
+
+    with _progress(len(STEPS) - (output is None)) as step:
+        applied = run(
+            recipe,
+            overrides or (),
+            output=output,
+            overwrite=overwrite,
+            trust_python=trust_python,
+            progress=step,
+        )
+    report = applied.report
+    if as_json:
+        _print(report.as_json())
+        return
+    latency = report.latency
+    _print(f"{applied.plan}\n\n{report.verification}\n")
+    _print(
+        f"latency ratio {latency.ratio:.2f} ({latency.lowest:.2f} … {latency.highest:.2f}), "
+        f"{1e3 * latency.before:.1f} → {1e3 * latency.after:.1f} ms on {latency.device}, "
+        f"{latency.pairs} pairs in turns, every blend at 0.5"
+    )
+    if output is not None:
+        _print(f"\nwritten to {output}: load it with pacswap.load({str(output)!r})")
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    trust_python: TrustPython = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recipe would do: layers, guidance, cost. Needs no weights and no data."""
+    from pacswap.report import plan_as_dict
+    from pacswap.upgrade import plan_recipe
+
+    _, planned = plan_recipe(recipe, overrides or (), trust_python=trust_python)
+    _print(_dumped(plan_as_dict(planned)) if as_json else str(planned))
+
+
+@app.command()
+def validate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    trust_python: TrustPython = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe against its network, without weights and data; every fault at once."""
+    from pacswap.upgrade import plan_recipe
+
+    loaded, planned = plan_recipe(recipe, overrides or (), trust_python=trust_python)
+    if as_json:
+        _print(_dumped({"valid": True, "recipe": str(loaded.path), "layers": len(planned.layers)}))
+    else:
+        _print(f"{loaded.path} is valid: {len(planned.layers)} layers of {planned.model}")
+
+
+@app.command()
+def cp(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(help="The new file, or a folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    from pacswap.recipes import copy_recipe
+
+    target = copy_recipe(recipe, file)
+    _print(_dumped({"written": str(target)}) if as_json else f"written: {target}")
+
+
+@app.command()
+def schema(as_json: AsJson = True) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from pacswap.recipes import recipe_schema
+
+    _print(_dumped(recipe_schema()))
+
+
+@ls.callback()
+def ls_default(context: typer.Context, as_json: AsJson = False) -> None:
+    """List recipes (the default), models, or a model's layers."""
+    if context.invoked_subcommand is None:
+        ls_recipes(as_json)
+
+
+@ls.command("recipes")
+def ls_recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from pacswap.recipes import shipped_recipes, summary
+
+    found = {name: summary(path) for name, path in shipped_recipes().items()}
+    if as_json:
+        _print(_dumped([{"name": name, "summary": text} for name, text in found.items()]))
+        return
+    _table(["recipe", "what it does"], [[name, text] for name, text in found.items()])
+
+
+@ls.command("models")
+def ls_models(
+    pattern: Annotated[
+        str, typer.Argument(help="A library, a name or a glob, such as 'resnet*'.")
+    ] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List the models that can be built by name."""
+    from pacswap.errors import ModelError
+    from pacswap.surgery.select import matching
+    from pacswap.zoo import model_names
+    from pacswap.zoo.build import LIBRARIES
+
+    library = pattern if pattern in LIBRARIES else None
+    names = model_names(library)
+    wanted = "*" if library else pattern
+    rows = [[lib, name] for lib, known in names.items() for name in matching(wanted, known)]
+    if not rows:
+        raise ModelError(
+            f"no model matches '{pattern}'. Try a glob: pacswap ls models '*{pattern}*'"
+        )
+    if as_json:
+        _print(_dumped([{"library": library, "name": name} for library, name in rows]))
+        return
+    _table(["library", "model"], rows)
+
+
+@ls.command("layers")
+def ls_layers(
+    model: Annotated[str, typer.Argument(help="A model's name, or library/name.")],
+    as_json: AsJson = False,
+) -> None:
+    """List a model's spatial convolutions in the order in which they run."""
+    from pacswap.surgery import default_input, layers
+    from pacswap.zoo import build, input_size
+
+    source = _source(model)
+    network = build(source, meta=True)
+    example = default_input(network)
+    size = input_size(source, network)
+    infos = layers(network, example if size is None else example.new_empty(1, *size))
+    if as_json:
+        rows = [
+            {
+                "name": info.name,
+                "convolution": info.conv,
+                "output_shape": info.output_shape and list(info.output_shape),
+                "refusal": info.refusal,
+            }
+            for info in infos
+        ]
+        _print(_dumped(rows))
+        return
+    table = []
+    for info in infos:
+        shape = "–" if info.output_shape is None else "×".join(map(str, info.output_shape[2:]))
+        table.append([info.name, info.conv, shape, info.refusal or "yes"])
+    _table(["layer", "convolution", "output", "can be swapped"], table)
+
+
+def _source(model: str) -> Any:
+    """A source from `resnet50` or `torchvision/resnet50`; a bare name goes to the first that has it."""
+    from pacswap.zoo import Source, model_names
+    from pacswap.zoo.build import LIBRARIES
+
+    library, _, name = model.partition("/")
+    if name and library in LIBRARIES:
+        return Source(library, name)
+    for library, known in model_names().items():
+        if model.partition(".")[0] in known:
+            return Source(library, model)
+    return Source("timm", model)
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr with the time left; nothing where stderr is not a terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=steps)
+        begun = [False]
+
+        def step(name: str) -> None:
+            bar.update(task, description=name, advance=1 if begun[0] else 0)
+            begun[0] = True
+
+        yield step
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    from pacswap.surgery.table import columns
+
+    _print("\n".join(columns(head, rows)))
+
+
+def _dumped(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"pacswap: {message}\n")
+    raise SystemExit(code)
