@@ -1,4 +1,4 @@
-"""Model directories: weights as safetensors, structure as a recipe. Loading needs no user's code."""
+"""Model directories: weights as safetensors, structure as a recipe; loaded without user code."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def save(
 
     Raises:
         PlanError: the model was not upgraded by pacswap.
-        CheckpointError: the directory exists, cannot be written, or the original network is not known.
+        CheckpointError: the directory exists, cannot be written, or the original network is not
+            known.
     """
     plan = plan_of(model)
     if source is None:
         source = identify(revert(skeleton(model)))
     if source is None:
         raise CheckpointError(
-            f"cannot tell how this {type(model).__name__} is built, so load could not rebuild it. Say "
-            'it: pacswap.save(model, folder, source={"library": "timm", "name": "resnet50", '
+            f"cannot tell how this {type(model).__name__} is built, so load could not rebuild it. "
+            'Say it: pacswap.save(model, folder, source={"library": "timm", "name": "resnet50", '
             '"args": {"num_classes": 10}}); library is timm, torchvision or python '
             "(package.module:factory)."
         )
@@ -90,8 +91,8 @@ def load(
     missing = [name for name in (RECIPE, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"'{folder}' is not a model directory: it has no {' and no '.join(missing)}. Name one that "
-            "pacswap.save or pacswap apply -o wrote."
+            f"'{folder}' is not a model directory: it has no {' and no '.join(missing)}. Name one "
+            "that pacswap.save or pacswap apply -o wrote."
         )
     loaded = load_recipe(folder / RECIPE)
     plain = build(source_of(loaded.recipe, weights=False), trust_python=trust_python)
@@ -248,15 +249,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             aliases = {k: v for k, v in (file.metadata() or {}).items() if k != "format"}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"'{path}' is not a readable safetensors file: {error}. It may be truncated; write the model "
-            "directory again."
+            f"'{path}' is not a readable safetensors file: {error}. It may be truncated; write the "
+            "model directory again."
         ) from error
     state.update({name: state[kept] for name, kept in aliases.items() if kept in state})
     faults = why_not_fit(model, state)
     if faults:
         raise CheckpointError(
-            f"'{path}' does not fit the network of its recipe: {'; '.join(faults)}. The library may have "
-            "changed since; install the version that wrote it."
+            f"'{path}' does not fit the network of its recipe: {'; '.join(faults)}. The library "
+            "may have changed since; install the version that wrote it."
         )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():

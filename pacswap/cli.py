@@ -52,8 +52,8 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("PACSWAP_DEBUG"):
             raise
         _fail(
-            f"internal error: {type(error).__name__}: {error}\nThis is a fault of pacswap. Run it again "
-            "with PACSWAP_DEBUG=1 for the traceback, and please report it.",
+            f"internal error: {type(error).__name__}: {error}\nThis is a fault of pacswap. Run it "
+            "again with PACSWAP_DEBUG=1 for the traceback, and please report it.",
             1,
         )
 
@@ -232,7 +232,7 @@ def ls_layers(
 
 
 def _source(model: str) -> Any:
-    """A source from `resnet50` or `torchvision/resnet50`; a bare name goes to the first that has it."""
+    """A source from `torchvision/resnet50` or `resnet50` (the first library that has it)."""
     from pacswap.zoo import Source, model_names
     from pacswap.zoo.build import LIBRARIES
 

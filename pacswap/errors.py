@@ -1,8 +1,8 @@
 """Every error that pacswap raises.
 
-Each derives from `PacswapError` and from the builtin a caller would expect. A message says where and
-what, what was expected and what came instead, and what to do next; errors of one input are collected
-and raised together.
+Each derives from `PacswapError` and from the builtin a caller would expect. A message says where
+and what, what was expected and what came instead, and what to do next; errors of one input are
+collected and raised together.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class PlanError(PacswapError, ValueError):
     """A model cannot be changed as asked; the message lists every fault, the model is untouched.
 
     Attributes:
-        faults: kept apart, so that a recipe can point at its own lines; empty where the request as a
-            whole is wrong.
+        faults: kept apart, so that a recipe can point at its own lines; empty where the request as
+            a whole is wrong.
     """
 
     def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:

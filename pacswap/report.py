@@ -102,8 +102,8 @@ class Report:
             f"Forward pass of {'×'.join(map(str, latency.shape))} on {latency.device}, "
             f"{latency.pairs} pairs in turns: before {1e3 * latency.before:.1f} ms, after "
             f"{1e3 * latency.after:.1f} ms, ratio {latency.ratio:.2f} "
-            f"({latency.lowest:.2f} … {latency.highest:.2f}). Timed with every blend at 0.5; at 0 the "
-            "layers run as plain convolutions on the CPU.\n\n"
+            f"({latency.lowest:.2f} … {latency.highest:.2f}). Timed with every blend at 0.5; at 0 "
+            "the layers run as plain convolutions on the CPU.\n\n"
             + (f"## Bandwidths\n\n| layer | bandwidth |\n|---|---|\n{widths}\n\n" if widths else "")
             + f"Measured with {versions}.\n"
         )

@@ -15,12 +15,12 @@ from pacswap.ops.window import Padding, Size2, Window, make_window
 
 
 class PacConv2d(nn.Conv2d):
-    """Pixel-adaptive convolution, y_p = b + Σ_q K_a(f_p, f_q)·W[p−q]·v_q (Su et al., CVPR 2019, eq. 3).
+    """Pixel-adaptive convolution (Su et al., CVPR 2019): y_p = b + Σ_q K_a(f_p, f_q)·W[p−q]·v_q.
 
-    K_a = 1 + blend·(K − 1): with `blend` = 1, the default here, the layer is the paper's; with 0, where
-    surgery starts, it is the plain convolution, exactly, and `blend` has a gradient there.
-    `weight` and `bias` are those of `torch.nn.Conv2d`, under the same `state_dict` keys; what is added
-    is `blend` and `adapting_kernel.log_bandwidth`.
+    K_a = 1 + blend·(K − 1): with `blend` = 1, the default here, the layer is the paper's; with 0,
+    where surgery starts, it is the plain convolution, exactly, and `blend` has a gradient there.
+    `weight` and `bias` are those of `torch.nn.Conv2d`, under the same `state_dict` keys; what is
+    added is `blend` and `adapting_kernel.log_bandwidth`.
 
     Args:
         in_channels: C_in.
@@ -172,8 +172,8 @@ class PacConv2d(nn.Conv2d):
             raise GuidanceError(self._missing_guidance())
         if self.adapting_kernel is None:
             raise GuidanceError(
-                "this PacConv2d shares the adapting kernel of another layer and has none of its own. "
-                "Call it with kernel=…"
+                "this PacConv2d shares the adapting kernel of another layer and has none of its "
+                "own. Call it with kernel=…"
             )
         return self.adapting_kernel(guidance)
 
@@ -182,12 +182,12 @@ class PacConv2d(nn.Conv2d):
             return "PacConv2d was called without a guidance. Call it as layer(input, guidance)."
         return (
             f"{self.guided_by} was called on a path through the model that does not compute its "
-            "guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that path "
-            "with plain convolutions."
+            "guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that "
+            "path with plain convolutions."
         )
 
     def _is_plain(self) -> bool:
-        """Whether `blend` is exactly 0, so that the plain convolution is the answer to the last bit.
+        """Whether `blend` is exactly 0: the plain convolution is the answer to the last bit.
 
         Asked on the CPU only: elsewhere looking at a value would stall the device, and under a
         compiler there is no value to look at.
@@ -211,7 +211,8 @@ class PacConv2d(nn.Conv2d):
     ) -> PacConv2d:
         """The pixel-adaptive layer with a convolution's weights; `blend` starts at 0.
 
-        The parameters are the convolution's own objects, not copies; mode, device and dtype are kept.
+        The parameters are the convolution's own objects, not copies; mode, device and dtype are
+        kept.
 
         Args:
             conv: a `torch.nn.Conv2d`.

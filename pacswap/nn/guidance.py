@@ -23,8 +23,8 @@ class Guidance(nn.Module):
     Args:
         in_channels: D of the concatenated maps, positions included; None if it is not known and
             nothing is projected.
-        channels: project to so many channels by a 1×1 convolution; None leaves them as they are. The
-            projection has no bias: a constant cancels in f_p − f_q and could not learn.
+        channels: project to so many channels by a 1×1 convolution; None leaves them as they are.
+            The projection has no bias: a constant cancels in f_p − f_q and could not learn.
         position: prepend two channels, the column and the row of each pixel.
         detach: stop the gradient into the layers that compute the maps.
         device: of the projection.
@@ -64,7 +64,7 @@ class Guidance(nn.Module):
             self.project.weight = nn.Parameter(weight[:, :, None, None])
 
     def forward(self, *features: Tensor) -> Tensor | None:
-        """Adapting features [B, D, H, W] of maps [B, D_i, H_i, W_i], at the first one's resolution."""
+        """Adapting features [B, D, H, W] of maps [B, D_i, H_i, W_i], as large as the first one."""
         if not self.enabled:
             return None
         first = features[0]
@@ -120,8 +120,8 @@ def why_not_project(in_channels: int | None, channels: int | None) -> str | None
         return "the number of channels to project from is not known"
     if channels is not None and in_channels == 1:
         return (
-            "a guidance of 1 channel cannot be projected: the 1×1 convolution would be a mere scale, "
-            "which the standardisation undoes. Leave channels out"
+            "a guidance of 1 channel cannot be projected: the 1×1 convolution would be a mere "
+            "scale, which the standardisation undoes. Leave channels out"
         )
     return None
 

@@ -43,7 +43,8 @@ def pac_conv2d(
         backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
 
     Returns:
-        [B, C_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv2d` up to rounding.
+        [B, C_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv2d` up to
+        rounding.
 
     Raises:
         ShapeError: the tensors disagree; the message lists every shape.
@@ -52,8 +53,8 @@ def pac_conv2d(
     Example:
         >>> import torch
         >>> pac_conv2d(
-        ...     torch.ones(1, 3, 8, 8), torch.ones(1, 1, 9, 8, 8), torch.ones(16, 3, 3, 3), padding=1
-        ... ).shape
+        ...     torch.ones(1, 3, 8, 8), torch.ones(1, 1, 9, 8, 8), torch.ones(16, 3, 3, 3),
+        padding=1 ... ).shape
         torch.Size([1, 16, 8, 8])
     """
     window = make_window(
@@ -70,7 +71,7 @@ def pac_conv2d(
 def attach_kernel_gradient(
     output: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, *, window: Window, groups: int
 ) -> Tensor:
-    """A plain convolution's `output`, bit for bit, with the gradient of a kernel that is 1 everywhere.
+    """A plain convolution's `output`, bit for bit, with the gradient of a kernel that is 1.
 
     Args:
         output: what `F.conv2d` gave for `input` and `weight`, [B, C_out, H_out, W_out].

@@ -1,7 +1,7 @@
 """PAC tap by tap with a backward of its own, which keeps the input, the kernel and the weight only.
 
-y += (x shifted · K_t) @ W_t, in channels-last so that each tap is one matrix product. Half precisions
-are computed in float32. A second derivative goes through `taps`.
+y += (x shifted · K_t) @ W_t, in channels-last so that each tap is one matrix product. Half
+precisions are computed in float32. A second derivative goes through `taps`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class _PacConv2d(torch.autograd.Function):
     ) -> Tensor:
         size = window.output_size(input.shape[-2], input.shape[-1])
         wide = compute_dtype(input.dtype)
-        padded = _channels_last(window.padded(input), wide)  # [B, H', W', C_in]
+        image = window.padded(input)
+        padded = _channels_last(image, wide)  # [B, H', W', C_in]
         factors = kernel[:, 0].to(wide)  # [B, KH*KW, H_out, W_out]
         filters = _filters(weight.to(wide), groups)  # [KH*KW, G, C_in/G, C_out/G]
         B, C_out = input.shape[0], weight.shape[0]
@@ -97,7 +98,7 @@ class _PacConv2d(torch.autograd.Function):
         for t, (rows, columns) in enumerate(window.slices(size)):
             torch.mul(padded[:, rows, columns], factors[:, t, :, :, None], out=seen)
             _add_product(output, seen, filters[t])
-        return _channels_first(output, like=input, filter=weight)
+        return _channels_first(output, like=image, filter=weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -138,7 +139,8 @@ class _KernelGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # y = conv(v) + Σ (K−1)·W·v: at K = 1 the sum is 0, its mixed second derivatives are not.
+            # y = conv(v) + Σ (K−1)·W·v: at K = 1 the sum is 0, its mixed second derivatives are
+            # not.
             grads = differentiable_vjp(
                 lambda x, k, w: taps.pac_conv2d(x, k - 1, w, None, ctx.window, ctx.groups),
                 inputs,

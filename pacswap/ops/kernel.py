@@ -36,9 +36,9 @@ def adapting_kernel(
 ) -> Tensor:
     """The factor by which each tap counts at each output pixel.
 
-    K(f_p, f_q) = exp(−½ · d² / bandwidth²), where d² is the squared difference of f_p and f_q, summed
-    or averaged over channels (Su et al., CVPR 2019, eq. 3; the defaults are the paper's). Then the
-    normalisation N, then the blend: 1 + blend · (N(K) − 1). See docs/math.md.
+    K(f_p, f_q) = exp(−½ · d² / bandwidth²), where d² is the squared difference of f_p and f_q,
+    summed or averaged over channels (Su et al., CVPR 2019, eq. 3; the defaults are the paper's).
+    Then the normalisation N, then the blend: 1 + blend · (N(K) − 1). See docs/math.md.
 
     Args:
         guidance: f, [B, D, H, W], float. Computed in float32 or better.
@@ -49,7 +49,8 @@ def adapting_kernel(
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
         form: `"gaussian"`.
         distance: `"sum"` over channels (the paper's) or `"mean"`.
-        bandwidth: width of the kernel, in units of the guidance; a positive number or scalar tensor.
+        bandwidth: width of the kernel, in units of the guidance; a positive number or scalar
+            tensor.
         standardize: bring each channel of each image to mean 0 and variance 1 first.
         normalize: `"none"`; `"sum"`, K/ΣK; `"mean"`, KH·KW·K/ΣK with taps outside the image counted
             as 1, and all taps where the centre is outside, so that a constant guidance gives
@@ -81,6 +82,9 @@ def adapting_kernel(
     squares = squared_distance(features, window, backend=backend)
     if distance == "mean":
         squares = squares / guidance.shape[1]
+    if isinstance(bandwidth, Tensor):
+        # Its square leaves the range of float16 at 256.
+        bandwidth = bandwidth.to(features.dtype)
     kernel = torch.exp(-0.5 * squares / bandwidth**2)
     kernel = _normalized(kernel, normalize, window, (guidance.shape[-2], guidance.shape[-1]))
     kernel = blended(kernel[:, None], blend)
@@ -144,7 +148,8 @@ def _normalized(kernel: Tensor, normalize: str, window: Window, size: tuple[int,
             # A centre in the padding has no guidance to compare with: all its taps count as 1.
             inside = inside & inside[:, window.centre : window.centre + 1]
             kernel = torch.where(inside, kernel, 1.0)
-        return kernel * (window.taps / kernel.sum(1, keepdim=True))
+        # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
+        return kernel * window.taps / kernel.sum(1, keepdim=True)
     return kernel / kernel.sum(1, keepdim=True)
 
 

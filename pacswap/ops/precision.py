@@ -1,4 +1,4 @@
-"""Which dtype an operation computes in, and second derivatives of operations with their own backward."""
+"""Which dtype an operation computes in, and second derivatives of hand-written backwards."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def pac_conv2d(
     """
     seen = gather(input, window) * kernel  # [B, C_in, KH*KW, H_out, W_out]
     B, _, T, H_out, W_out = seen.shape
-    grouped = seen.reshape(B, groups, -1, T, H_out, W_out)
+    grouped = seen.reshape(B, groups, weight.shape[1], T, H_out, W_out)
     filters = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], T)
     output = torch.einsum("bgcthw,goct->bgohw", grouped, filters)
     output = output.reshape(B, weight.shape[0], H_out, W_out)

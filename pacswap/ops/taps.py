@@ -1,7 +1,7 @@
 """PAC tap by tap in ordinary torch operations: what `torch.compile`, `torch.export` and ONNX see.
 
-Nothing here is larger than one input or one output, no gather and no unfold, so the code exports with
-dynamic sizes; autograd differentiates it any number of times but keeps one product per tap.
+Nothing here is larger than one input or one output, no gather and no unfold, so the code exports
+with dynamic sizes; autograd differentiates it any number of times but keeps one product per tap.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Window:
 
     @property
     def centre(self) -> int:
-        """The tap that lies on the output pixel: the middle one, the earlier of two in an even side.
+        """The tap on the output pixel: the middle one, the earlier of two in an even side.
 
         (k−1)//2 is where `padding="same"` puts the output pixel, for even sides too.
         """
@@ -80,7 +80,7 @@ class Window:
         return F.pad(x, self.pad, mode=mode)
 
     def slices(self, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-        """For each tap, the (rows, columns) of a padded image that it sees over the whole output."""
+        """For each tap, the (rows, columns) of a padded image that the whole output sees."""
         KH, KW = self.kernel_size
         for i in range(KH):
             for j in range(KW):
@@ -91,9 +91,10 @@ class Window:
         return slice(start, start + (size[axis] - 1) * step + 1, step)
 
     def inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
-        """Which taps see the image and not its zero padding: bool [1, KH·KW, H_out, W_out], or None.
+        """Which taps see the image, not its zero padding: bool [1, KH·KW, H_out, W_out] or None.
 
-        None means that every tap does, because nothing is padded or the border has values of its own.
+        None means that every tap does, because nothing is padded or the border has values of its
+        own.
         """
         if self.padding_mode != "zeros" or not any(self.pad):
             return None

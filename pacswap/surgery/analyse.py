@@ -100,8 +100,8 @@ class _Analysis:
             for name in chosen:
                 if name in owner and not group.override:
                     self._fault(
-                        f"'{name}' is claimed by group {owner[name]} already. Exclude it from one of "
-                        "them, or set override: true on this group.",
+                        f"'{name}' is claimed by group {owner[name]} already. Exclude it from one "
+                        "of them, or set override: true on this group.",
                         index,
                         "layers",
                     )
@@ -196,7 +196,7 @@ class _Analysis:
         )
 
     def sizes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """For each layer its input sizes at the example input and, if the model takes it, another one.
+        """Each layer's input sizes at the example input and, if the model takes it, another one.
 
         Two layers share a kernel where these agree: equal at one size alone could be chance.
         """

@@ -33,17 +33,19 @@ def plan(
     """What a swap would do. Pure: the model is not touched, `print(plan)` is a table.
 
     Args:
-        model: a network of timm, torchvision or your own, not wrapped for several devices or compiled.
-        layers: which convolutions: a dotted name, a glob (`"layer4.*.conv2"`), a regex (`"re:…"`), a
-            `LayerQuery` or its mapping (`{"kernel_size": 3, "last_of_stage": True}`), a callable
-            `(name, module) -> bool`, or a list of these. A pattern that matches nothing is an error.
+        model: a network of timm, torchvision or your own, not wrapped for several devices or
+            compiled.
+        layers: which convolutions: a dotted name, a glob (`"layer4.*.conv2"`), a regex (`"re:…"`),
+            a `LayerQuery` or its mapping (`{"kernel_size": 3, "last_of_stage": True}`), a callable
+            `(name, module) -> bool`, or a list of these. A pattern that matches nothing is an
+            error.
         guidance: what feeds the adapting kernels: a layer's name, a traced node's name, `"input"`,
             `"input+position"`, `"external"` (the model gains a keyword argument `guidance`), a list
             (concatenated), or a mapping such as `{"from": "layer1", "channels": 16}`.
         kernel: how the kernels are made, a `KernelSpec` or its mapping.
         groups: several groups of layers at once, `Group`s or mappings of these arguments' names.
-        example_input: what the model takes, a tensor or a tuple of arguments; only its shape matters.
-            By default an image of the size that the model names, or 224×224.
+        example_input: what the model takes, a tensor or a tuple of arguments; only its shape
+            matters. By default an image of the size that the model names, or 224×224.
 
     Returns:
         A `Plan`.

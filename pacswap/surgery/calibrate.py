@@ -33,8 +33,9 @@ def calibration_batch(example_input: ExampleInput) -> ExampleInput:
     image = args[0] if len(args) == 1 else None
     if not isinstance(image, Tensor) or image.dim() != 4 or min(image.shape[2:]) < 16:
         raise PlanError(
-            "bandwidth 'auto' needs images to calibrate on, and this model's input is not one batch of "
-            "images. Pass calibration=… (what the model takes), or a number as the bandwidth."
+            "bandwidth 'auto' needs images to calibrate on, and this model's input is not one "
+            "batch of images. Pass calibration=… (what the model takes), or a number as the "
+            "bandwidth."
         )
     height, width = image.shape[2:]
     images, _ = scenes.draw_batch([0, 1], (height, width))
@@ -48,8 +49,8 @@ def calibration_batch(example_input: ExampleInput) -> ExampleInput:
 def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, float]:
     """Set the bandwidth of every kernel planned as `auto`, in place.
 
-    The median off-centre K over the batch becomes ½. The model runs in eval mode, only as far as its
-    last guidance, without gradients; its mode is restored.
+    The median off-centre K over the batch becomes ½. The model runs in eval mode, only as far as
+    its last guidance, without gradients; its mode is restored.
 
     Args:
         model: an upgraded model.
@@ -95,9 +96,9 @@ def _set(kernels: dict[str, AdaptingKernel], medians: dict[str, float]) -> dict[
     constant = [name for name in kernels if not medians.get(name, 1.0) > 0]
     if constant:
         raise PlanError(
-            f"the guidance of {', '.join(map(repr, constant))} is constant on the calibration batch, so "
-            "no bandwidth fits it. Choose another guidance, pass calibration=… with your own images, or "
-            "give the bandwidth as a number."
+            f"the guidance of {', '.join(map(repr, constant))} is constant on the calibration "
+            "batch, so no bandwidth fits it. Choose another guidance, pass calibration=… with your "
+            "own images, or give the bandwidth as a number."
         )
     bandwidths = {}
     for name, kernel in kernels.items():
@@ -135,7 +136,7 @@ def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
 
 
 def _inner(window: ops.Window, features: Tensor) -> ops.Window:
-    """The window without padding, whose taps are not part of the image, if the image is large enough."""
+    """The window without padding, whose taps see no image, if the image is large enough."""
     reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True)]
     fits = features.shape[-2] > reach[0] and features.shape[-1] > reach[1]
     return window.unpadded if fits else window

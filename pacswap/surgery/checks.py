@@ -1,4 +1,4 @@
-"""Why a model or a layer cannot be changed. Every attribute is looked at, or the layer is refused."""
+"""Why a model or a layer cannot be changed; what is not understood is refused."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def why_not_conv(conv: _ConvNd) -> str | None:
         return "it is lazy and has no weights yet; run the model once first"
     if parametrize.is_parametrized(conv):
         return (
-            "its weight is parametrized, and a swap would freeze what the parametrization computes. "
-            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations"
+            "its weight is parametrized, and a swap would freeze what the parametrization "
+            "computes. Remove it first: torch.nn.utils.parametrize.remove_parametrizations"
         )
     if any(hasattr(conv, f"weight_{part}") for part in ("g", "orig")):
         return (
@@ -95,7 +95,7 @@ def why_not_entered(module: nn.Module) -> str | None:
 
 
 def why_not_traced(module: nn.Module) -> str | None:
-    """Why a module's method cannot be replaced by its trace although its own call remains, or None."""
+    """Why a method of a module that keeps its own call cannot be replaced by its trace."""
     if getattr(module, "grad_checkpointing", False):
         return (
             "gradient checkpointing is on, which a trace would drop. Turn it off first: "

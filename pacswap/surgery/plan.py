@@ -1,4 +1,4 @@
-"""What a swap would do, as pure data: every layer, every guidance, every refusal, and what it costs."""
+"""What a swap would do, as pure data: every layer, every guidance, and what it costs."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def _subclass(base: type[nn.Module], method: str) -> type[nn.Module]:
             return original(self, *args, **kwargs)
         if getattr(self, "grad_checkpointing", False):
             raise GuidanceError(
-                "gradient checkpointing was turned on after the swap, and the rewritten graph does not "
-                "recompute. Call set_grad_checkpointing(False)."
+                "gradient checkpointing was turned on after the swap, and the rewritten graph does "
+                "not recompute. Call set_grad_checkpointing(False)."
             )
         function = program.train if self.training else program.evaluate
         return function(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The only code that changes a model. It works on a copy: all of a plan is carried out, or nothing."""
+"""The only code that changes a model, on a copy: all of a plan is carried out, or nothing."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def _check_same(model: nn.Module, plan: Plan) -> None:
             faults.append(f"'{layer.name}' is {found}, the plan was made for {layer.conv}")
     if faults:
         raise PlanError(
-            f"this {type(model).__name__} is not the model that was planned for: {'; '.join(faults)}. "
-            "Plan again."
+            f"this {type(model).__name__} is not the model that was planned for: "
+            f"{'; '.join(faults)}. Plan again."
         )
 
 

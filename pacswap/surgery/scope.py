@@ -1,7 +1,7 @@
 """Which method's code has to be replaced: the deepest one that runs both a layer and its guidance.
 
-Everything around that method (a detector's loop over images, a segmentation network's dictionary, the
-classifier behind `forward_features`) keeps its own code.
+Everything around that method (a detector's loop over images, a segmentation network's dictionary,
+the classifier behind `forward_features`) keeps its own code.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ScopeFinder:
 def resolve_sources(
     spec: GuidanceSpec, model: nn.Module, seen: Observation
 ) -> tuple[list[str], list[str]]:
-    """(faults, sources): each source as `input`, `external`, a module that ran, or a node's label."""
+    """(faults, sources): a source is `input`, `external`, a module that ran or a node's label."""
     if spec.source in IMAGE_SOURCES:
         return [], ["input"]
     faults: list[str] = []
@@ -188,8 +188,8 @@ def _resting(name: str, module: nn.Module, ran: list[str]) -> str:
     inner = [n for n in ran if n.startswith(f"{name}.") and "." not in n[len(name) + 1 :]]
     hint = f" Layers in it that are: {quoted(inner[-3:])}." if inner else ""
     return (
-        f"'{name}' ({type(module).__name__}) is never called when the model runs, so it has no output."
-        f"{hint}"
+        f"'{name}' ({type(module).__name__}) is never called when the model runs, so it has "
+        f"no output.{hint}"
     )
 
 

@@ -106,9 +106,9 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         return copy.deepcopy(model, {} if memo is None else memo)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise PlanError(
-            f"cannot copy {type(model).__name__}: {error}. pacswap works on a copy and leaves the given "
-            "model untouched; remove attributes that cannot be copied (open files, locks, tensors that "
-            "belong to an autograd graph) and try again."
+            f"cannot copy {type(model).__name__}: {error}. pacswap works on a copy and leaves the "
+            "given model untouched; remove attributes that cannot be copied (open files, locks, "
+            "tensors that belong to an autograd graph) and try again."
         ) from error
 
 

@@ -8,7 +8,7 @@ from pacswap.surgery.plan import Plan, PlannedGuidance, PlannedKernel, PlannedSc
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan as a newcomer reads it: layers, guidance, kernels, what is rewired, what it costs."""
+    """The plan as a newcomer reads it: layers, guidance, kernels, what is rewired, the cost."""
     size = "×".join(map(str, plan.input_shape[1:]))
     count = len(plan.layers)
     many = len(plan.guidances) > 1

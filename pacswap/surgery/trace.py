@@ -1,8 +1,8 @@
 """From a module's method to a graph whose nodes include the wanted layers.
 
-Only what must be seen is entered: the modules on the way from the traced module to a wanted layer or
-guidance. All else stays a single node, so that its own control flow, hooks and checkpointing survive.
-A module that must be entered and cannot be traced stays a node too, with the reason kept.
+Only what must be seen is entered: the modules on the way from the traced module to a wanted layer
+or guidance. All else stays a single node, so that its own control flow, hooks and checkpointing
+survive. A module that must be entered and cannot be traced stays a node too, with the reason kept.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def only_default(value: Any, default: Any, name: str) -> None:
     """
     if value is not default and (isinstance(value, Tensor) or value != default):
         raise GuidanceError(
-            f"the upgraded network runs with {name}={default!r} only, got {name}={value!r}: its graph "
-            "was traced with that default. Leave the argument out, or pacswap.revert the model first."
+            f"the upgraded network runs with {name}={default!r} only, got {name}={value!r}: its "
+            "graph was traced with that default. Leave the argument out, or "
+            "pacswap.revert the model first."
         )
 
 
@@ -168,9 +169,9 @@ class _Tracer(fx.Tracer):
 def merge_modes(train: Trace, evaluate: Trace) -> bool:
     """Make the train-mode graph right in both modes, if the two differ in nothing but mode flags.
 
-    Functional dropout and its like receive `self.training` as a constant of the trace. Where the two
-    graphs disagree in such a constant, the train-mode graph is changed to read the flag of the module
-    that made the call, each time it runs.
+    Functional dropout and its like receive `self.training` as a constant of the trace. Where the
+    two graphs disagree in such a constant, the train-mode graph is changed to read the flag of the
+    module that made the call, each time it runs.
 
     Returns:
         Whether the graphs could be merged; if not, both are needed and neither was changed.
@@ -244,7 +245,7 @@ def _owner(node: Node) -> str:
 
 
 def _label(trace: Trace) -> None:
-    """Name every node after its place in the module tree, independently of what else was entered."""
+    """Name every node after its place in the module tree, whatever else was entered."""
     repeats: Counter[str] = Counter()
     for node in trace.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):

@@ -1,4 +1,4 @@
-"""The five promises, measured on a model and its upgraded twin. Nothing is changed: copies are run."""
+"""The five promises, measured on copies of a model and its upgraded twin."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def verify(
     Args:
         original: the model before the swap.
         upgraded: what `swap` or `rewrite` made of it.
-        example_input: a tensor or a tuple of positional arguments; for train mode, two images or more.
+        example_input: a tensor or a tuple of positional arguments; for train mode, two images or
+            more.
         guidance: the features of an external guidance, if the model was upgraded with one.
 
     Returns:
@@ -229,7 +230,7 @@ def _backward(twin: nn.Module, args: tuple[Any, ...], extra: dict[str, Any]) -> 
 
 
 def _step(parameters: list[nn.Parameter]) -> None:
-    """One step of plain gradient descent, its longest component scaled to 0.1 as a schedule would."""
+    """One step of plain gradient descent whose longest component is 0.1."""
     grads = [p.grad for p in parameters if p.grad is not None]
     longest = max((grad.abs().max().item() for grad in grads), default=0.0)
     if longest > 0 and math.isfinite(longest):
@@ -242,8 +243,8 @@ def _step(parameters: list[nn.Parameter]) -> None:
 def _open_zero_scales(model: nn.Module) -> int:
     """Set zero-initialised scales of norms to 1: an untrained residual block passes no gradient.
 
-    timm and torchvision initialise the last norm of a block so; no layer inside, swapped or not, has a
-    gradient then. Trained networks have no such scales.
+    timm and torchvision initialise the last norm of a block so; no layer inside, swapped or not,
+    has a gradient then. Trained networks have no such scales.
     """
     count = 0
     for module in model.modules():

@@ -92,7 +92,8 @@ def probe_scope(
                 output = runner.run(*_bound(trace, args, kwargs))
         except Exception as error:  # the model's own code
             return probe, (
-                f"the trace of {where} does not run: {type(error).__name__}: {str(error).splitlines()[0]}."
+                f"the trace of {where} does not run: {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}."
             )
         finally:
             bones.eval()
@@ -102,8 +103,8 @@ def probe_scope(
         if is_eval_graph and _structure(output) != _structure(expected):
             return probe, (
                 f"the trace of {where} returns {_structure(output)} where the model returns "
-                f"{_structure(expected)}: it does something that a trace cannot see, such as collecting "
-                "features by hooks."
+                f"{_structure(expected)}: it does something that a trace cannot see, such as "
+                "collecting features by hooks."
             )
     return probe, None
 
@@ -136,7 +137,8 @@ def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Lo
             continue
         if shape is None:
             unusable.append(
-                f"'{source}' does not return one tensor. Name a layer in it that returns a feature map."
+                f"'{source}' does not return one tensor. Name a layer in it that returns a "
+                "feature map."
             )
         elif len(shape) != 4:
             unusable.append(

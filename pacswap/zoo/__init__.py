@@ -1,4 +1,4 @@
-"""Building models by name, with or without weights. The only importer of timm and torchvision.models."""
+"""Building models by name; the only importer of timm and torchvision.models."""
 
 from pacswap.zoo.build import Source, build, input_size, model_names, normalization
 from pacswap.zoo.identify import identify

@@ -27,9 +27,11 @@ class Source:
     """What it takes to build a model again.
 
     Attributes:
-        library: `timm`, `torchvision`, `python` (a dotted factory) or `pacswap` (the demonstration).
+        library: `timm`, `torchvision`, `python` (a dotted factory) or `pacswap` (the
+            demonstration).
         name: the model's name in its library, or `package.module:factory`.
-        weights: a tag of the library (`DEFAULT` is its own choice), a file, or None for random ones.
+        weights: a tag of the library (`DEFAULT` is its own choice), a file, or None for random
+            ones.
         args: keyword arguments of the model's factory.
     """
 
@@ -155,7 +157,8 @@ def _timm_factory(source: Source) -> Factory:
         known = [k.partition(".")[2] for k in timm.list_pretrained(f"{name}.*")]
         if weights is not None and not known:
             raise WeightsError(
-                f"timm has no weights for '{name}'. Set weights to a file, or to null for random ones."
+                f"timm has no weights for '{name}'. Set weights to a file, or to null for "
+                "random ones."
             )
         wanted = full.partition(".")[2]
         if wanted and wanted not in known:
@@ -243,8 +246,8 @@ def _python_factory(source: Source, trust_python: bool) -> Factory:
     def make(weights: str | None) -> nn.Module:
         if weights not in (None, "DEFAULT"):
             raise WeightsError(
-                f"a python factory has no weights by tag, got '{weights}'. Set weights to a file, to "
-                "DEFAULT (whatever the factory loads) or to null."
+                f"a python factory has no weights by tag, got '{weights}'. Set weights to a file, "
+                "to DEFAULT (whatever the factory loads) or to null."
             )
         return factory(**source.args)
 
@@ -255,8 +258,8 @@ def _reject_args(source: Source, names: tuple[str, ...]) -> None:
     found = [name for name in names if name in source.args]
     if found:
         raise ModelError(
-            f"model.args of '{source.name}' has {quoted(found)}: weights are chosen by model.weights. "
-            "Take it out of args."
+            f"model.args of '{source.name}' has {quoted(found)}: weights are chosen by "
+            "model.weights. Take it out of args."
         )
 
 
@@ -279,6 +282,6 @@ def _cannot_fetch(source: Source, weights: str, error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     return (
         f"cannot get weights '{weights}' of {source.library} model '{source.name}': "
-        f"{type(error).__name__}: {first} Check the network, or put the file on this machine and set "
-        "model.weights to its path, or to null for random weights."
+        f"{type(error).__name__}: {first} Check the network, or put the file on this machine and "
+        "set model.weights to its path, or to null for random weights."
     )

@@ -1,4 +1,4 @@
-"""Which library call made a model: so that a saved network can be rebuilt without its user's code."""
+"""Which library call made a model: so that it can be rebuilt without its user's code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pacswap.zoo.build import SOURCE, Source, build
 def identify(model: nn.Module) -> Source | None:
     """The library, name and arguments that build a network of exactly this structure, or None.
 
-    A guess is made from what the model says of itself (timm's configuration, torchvision's class) and
-    kept only if the network built from it has the same modules with the same options.
+    A guess is made from what the model says of itself (timm's configuration, torchvision's class)
+    and kept only if the network built from it has the same modules with the same options.
 
     Args:
         model: a plain network, not an upgraded one.

@@ -1,4 +1,4 @@
-"""Weights from files. A file is data: safetensors, or a pickle that may hold tensors and nothing else."""
+"""Weights from files. A file is data: safetensors, or a pickle that holds tensors only."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def load_weights_file(model: nn.Module, path: Path) -> None:
     faults = why_not_fit(model, state)
     if faults:
         raise WeightsError(
-            f"'{path}' does not fit {type(model).__name__}: {'; '.join(faults)}. Use the file of this "
-            "very network, or mend model.name and model.args (num_classes?)."
+            f"'{path}' does not fit {type(model).__name__}: {'; '.join(faults)}. Use the file of "
+            "this very network, or mend model.name and model.args (num_classes?)."
         )
     model.load_state_dict(state)
 
@@ -95,8 +95,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(
-            f"'{path}' is not a readable PyTorch file: {_first_sentence(error)} It may be truncated; "
-            "copy or download it again."
+            f"'{path}' is not a readable PyTorch file: {_first_sentence(error)} It may be "
+            "truncated; copy or download it again."
         ) from error
     return _unwrapped(loaded, path)
 
