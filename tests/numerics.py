@@ -6,7 +6,7 @@ Every helper raises with the figures; none returns a verdict that a test could d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from pacswap.ops.window import Padding, Size2, Window, make_window
 
 BACKENDS = ("taps", "eager")
 HALVES = (torch.bfloat16, torch.float16)
+
+# What the helpers below say of numbers that differ.
+DIFFERS = r"max \|difference\|"
 
 # The order in which these are summed is all that differs between two float64 results.
 CLOSE64 = 1e-12
@@ -132,6 +135,18 @@ CASES = {
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
+FEW = ("3x3_p1", "3x3_s2_d2_p2", "4x4_s2_p1", "circular", "groups2", "depthwise_times_2")
+few_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
+
+
+def fresh_memory_is_nan() -> Iterator[None]:
+    """A fixture's body: what `torch.empty` gives and nobody fills shows up in the results."""
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # this alone fills it
+    torch.set_num_threads(1)  # on tensors so small a second one only costs
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 def plain(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,7 +171,8 @@ def pac(
         output, kernel, and (with `derivatives`) a `grad_*` for every tensor of `given` but the
         cotangent.
     """
-    leaves = {name: t.detach().clone().requires_grad_(derivatives) for name, t in given.items()}
+    # Not cloned: strides are part of the case.
+    leaves = {name: t.detach().requires_grad_(derivatives) for name, t in given.items()}
     cotangent = leaves.pop("cotangent")
     kernel = ops.adapting_kernel(
         leaves["guidance"],

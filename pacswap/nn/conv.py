@@ -194,7 +194,7 @@ class PacConv2d(nn.Conv2d):
         """
         if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        return type(self.blend) in (nn.Parameter, Tensor) and self.blend.item() == 0
+        return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
 
     @classmethod
     def from_conv(

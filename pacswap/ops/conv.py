@@ -52,9 +52,8 @@ def pac_conv2d(
 
     Example:
         >>> import torch
-        >>> pac_conv2d(
-        ...     torch.ones(1, 3, 8, 8), torch.ones(1, 1, 9, 8, 8), torch.ones(16, 3, 3, 3),
-        padding=1 ... ).shape
+        >>> input, kernel = torch.ones(1, 3, 8, 8), torch.ones(1, 1, 9, 8, 8)
+        >>> pac_conv2d(input, kernel, torch.ones(16, 3, 3, 3), padding=1).shape
         torch.Size([1, 16, 8, 8])
     """
     window = make_window(

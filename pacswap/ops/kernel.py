@@ -52,9 +52,9 @@ def adapting_kernel(
         bandwidth: width of the kernel, in units of the guidance; a positive number or scalar
             tensor.
         standardize: bring each channel of each image to mean 0 and variance 1 first.
-        normalize: `"none"`; `"sum"`, K/ΣK; `"mean"`, KH·KW·K/ΣK with taps outside the image counted
-            as 1, and all taps where the centre is outside, so that a constant guidance gives
-            exactly 1.
+        normalize: `"none"`; `"sum"`, K/ΣK over the taps inside the image, 0 outside (the paper's);
+            `"mean"`, KH·KW·K/ΣK with taps outside the image counted as 1, and all taps where the
+            centre is outside, so that a constant guidance gives exactly 1.
         blend: 0 gives 1 everywhere, 1 gives N(K); a number or a scalar tensor.
         backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
 
@@ -142,15 +142,19 @@ def standardized(features: Tensor) -> Tensor:
 def _normalized(kernel: Tensor, normalize: str, window: Window, size: tuple[int, int]) -> Tensor:
     if normalize == "none":
         return kernel
+    inside = window.inside(*size, kernel.device)
     if normalize == "mean":
-        inside = window.inside(*size, kernel.device)
         if inside is not None:
             # A centre in the padding has no guidance to compare with: all its taps count as 1.
             inside = inside & inside[:, window.centre : window.centre + 1]
             kernel = torch.where(inside, kernel, 1.0)
         # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
         return kernel * window.taps / kernel.sum(1, keepdim=True)
-    return kernel / kernel.sum(1, keepdim=True)
+    if inside is not None:
+        kernel = torch.where(inside, kernel, 0.0)
+    total = kernel.sum(1, keepdim=True)
+    # A window that lies in the padding entirely sees nothing: 0, not 0/0.
+    return kernel / torch.where(total == 0, 1.0, total)
 
 
 def check_options(*, form: str, distance: str, normalize: str, bandwidth: float | Tensor) -> None:

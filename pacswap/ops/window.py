@@ -45,7 +45,7 @@ class Window:
     def centre(self) -> int:
         """The tap on the output pixel: the middle one, the earlier of two in an even side.
 
-        (k−1)//2 is where `padding="same"` puts the output pixel, for even sides too.
+        (k−1)//2 is where `padding="same"` puts the output pixel, for even sides too (dilation 1).
         """
         KH, KW = self.kernel_size
         return (KH - 1) // 2 * KW + (KW - 1) // 2

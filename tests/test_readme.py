@@ -1,0 +1,57 @@
+"""The README does what it says: its commands are CI's, its Python runs, its tables name real things."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import pacswap
+from pacswap.recipes import Recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_ci_calls_exactly_the_readmes_test_command():
+    commands = [block.strip() for block in blocks("bash")]
+    assert commands == [
+        "pip install . && pacswap apply quickstart -o upgraded",
+        'pip install -e ".[test]" && python -m pytest',
+    ]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert commands[1] in ci
+    assert commands[0].removeprefix("pip install . && ") in ci
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.randn(2, 3, 64, 64), "features": torch.randn(1, 64, 8, 8)}
+    names["guidance"] = torch.randn(1, 5, 8, 8)
+    for block in blocks("python"):
+        exec(block.replace("pretrained=True", "pretrained=False"), names)
+    assert type(names["plain"]).__name__ == "EfficientNet"
+    assert names["y"].shape == (1, 64, 8, 8)
+
+
+def test_the_readmes_recipe_is_valid():
+    (text,) = blocks("yaml")
+    assert Recipe.model_validate(yaml.safe_load(text)).swap[0].guidance.channels == 16
+
+
+@pytest.mark.parametrize("name", re.findall(r"`pacswap\.(\w+)\(", README))
+def test_every_function_named_in_the_readme_exists(name):
+    assert callable(getattr(pacswap, name))
+
+
+def test_every_file_named_in_the_readme_exists():
+    linked = re.findall(r"\]\((docs/[^)]+)\)", README) + re.findall(
+        r"python (benchmarks/\S+\.py)", README
+    )
+    assert linked
+    assert [name for name in linked if not (ROOT / name).is_file()] == []
