@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pacswap.errors import CheckpointError, PacswapError
+from pacswap.errors import CheckpointError, PacswapError, quoted
 from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
 from pacswap.surgery.skeleton import skeleton
-from pacswap.zoo import Source, build, identify
+from pacswap.zoo import Source, bare, build, identify
 from pacswap.zoo.weights import why_not_fit
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
+REPORTS = ("report.json", "report.md")
 
 
 def save(
@@ -37,8 +38,9 @@ def save(
     Args:
         model: an upgraded network.
         folder: the directory to make. It appears whole or not at all.
-        source: how the original network is built: a mapping with `library`, `name` and `args`. Left
-            out, networks of timm and torchvision are recognised by their structure.
+        source: how the original network is built: a mapping with `library`, `name` and `args`; a
+            python factory is called, to see that it fits. Left out, networks of timm and
+            torchvision are recognised by their structure.
         overwrite: replace an existing model directory.
 
     Returns:
@@ -48,10 +50,11 @@ def save(
         PlanError: the model was not upgraded by pacswap.
         CheckpointError: the directory exists, cannot be written, or the original network is not
             known.
+        ModelError: `source` builds nothing.
     """
     plan = plan_of(model)
-    if source is None:
-        source = identify(revert(skeleton(model)))
+    plain = revert(skeleton(model))
+    source = identify(plain) if source is None else _checked(source, plain)
     if source is None:
         raise CheckpointError(
             f"cannot tell how this {type(model).__name__} is built, so load could not rebuild it. "
@@ -59,8 +62,6 @@ def save(
             '"args": {"num_classes": 10}}); library is timm, torchvision or python '
             "(package.module:factory)."
         )
-    if not isinstance(source, Source):
-        source = Source(**source)
     recipe = recipe_of(plan, source)
     with new_folder(Path(folder), overwrite=overwrite) as draft:
         write_model(model, recipe, draft)
@@ -85,6 +86,7 @@ def load(
 
     Raises:
         CheckpointError: the directory lacks a file, is damaged, or does not fit its own recipe.
+        RecipeError: its recipe is wrong.
         ModelError: the network cannot be built.
     """
     folder = Path(folder)
@@ -136,7 +138,8 @@ def pinned(recipe: Recipe, plan: Plan) -> Recipe:
 def source_of(recipe: Recipe, *, weights: bool = True) -> Source:
     """What a recipe's model section builds."""
     model = recipe.model
-    return Source(model.library, model.name, model.weights if weights else None, model.args)
+    source = Source(model.library, model.name, model.weights, model.args)
+    return source if weights else bare(source)
 
 
 def groups_of(recipe: Recipe) -> tuple[Group, ...]:
@@ -164,11 +167,17 @@ def write_model(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     try:
         save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
-        (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"cannot write the model: {error}. Is the disk full?") from error
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the model's tensors cannot be stored as safetensors: {error}"
+        ) from error
+    # safetensors writes files that nobody else may read
+    (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
 
 
 @contextmanager
@@ -179,16 +188,20 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `target` exists and may not be replaced, or cannot be made.
     """
     refuse_existing(target, overwrite=overwrite)
+    place = target.resolve()  # behind a link, which stays
+    draft = _beside(place)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside '{target}': {error}.") from error
-    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
         yield draft
         _sync(draft)
-        draft.chmod(0o755)
-        _move(draft, target)
+        refuse_existing(target, overwrite=overwrite)  # another process may have made it meanwhile
+        if overwrite and place.exists():
+            _replace(place, draft)
+        else:
+            draft.rename(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{target}': {error}.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -201,39 +214,51 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """
     if not target.exists():
         return
-    is_ours = (target / RECIPE).is_file() or (target.is_dir() and not any(target.iterdir()))
-    if not is_ours:
+    if target.resolve() == Path.cwd():
+        raise CheckpointError(
+            f"'{target}' is the working directory, which cannot be replaced. Name another one."
+        )
+    inside = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not target.is_dir() or (inside and not inside >= {RECIPE, WEIGHTS}):
         raise CheckpointError(
             f"'{target}' exists and is not a model directory; it is not replaced. Name another one."
         )
-    if not overwrite and any(target.iterdir()):
+    strange = sorted(inside - {RECIPE, WEIGHTS, *REPORTS})
+    if overwrite and strange:
+        raise CheckpointError(
+            f"'{target}' also holds {quoted(strange[:3])}, which pacswap did not write; it is not "
+            "replaced. Name another directory."
+        )
+    if inside and not overwrite:
         raise CheckpointError(
             f"'{target}' exists. Name another directory, or replace it: --overwrite on the command "
             "line, overwrite=True in Python."
         )
 
 
-def _move(draft: Path, target: Path) -> None:
-    """Put a finished folder in place; an old one stays until the new one is there."""
-    if not target.exists():
-        draft.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    target.rename(old / "old")
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+
+
+def _replace(target: Path, draft: Path) -> None:
+    """Put a finished folder in the place of an old one, which is kept until then."""
+    old = _beside(target)
+    target.rename(old)
     try:
         draft.rename(target)
-    except OSError:
-        (old / "old").rename(target)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            old.rename(target)
+        if target.exists():  # if not, the old one stays where it is, under its hidden name
+            shutil.rmtree(old, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
     """Make sure that the files' contents are on the disk before their folder gets its name."""
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o644)  # safetensors writes files that nobody else may read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -241,7 +266,7 @@ def _sync(folder: Path) -> None:
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Strictly, in the dtypes that were saved."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_file
 
     try:
         state = load_file(path)
@@ -263,7 +288,22 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     for name, tensor in tensors.items():
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-    load_model(model, path)
+    model.load_state_dict(state)
+
+
+def _checked(given: Source | Mapping[str, Any], plain: nn.Module) -> Source:
+    """A source that the user gave, if it builds this network."""
+    try:
+        source = bare(given if isinstance(given, Source) else Source(**given))
+    except TypeError as error:
+        raise CheckpointError(f"source: expected library, name and args, got {given!r}.") from error
+    faults = why_not_fit(build(source, meta=True, trust_python=True), plain.state_dict())
+    if faults:
+        raise CheckpointError(
+            f"source builds another network than this {type(plain).__name__}: {'; '.join(faults)}. "
+            "Mend its name or args (num_classes?)."
+        )
+    return source
 
 
 def _swap_section(group: Group) -> dict[str, Any]:

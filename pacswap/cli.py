@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -19,12 +20,14 @@ from pacswap.errors import PacswapError
 app = typer.Typer(
     name="pacswap",
     help="Swap convolutions of pretrained networks for pixel-adaptive ones, without breaking them.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 ls = typer.Typer(help="List recipes, models, or a model's layers.", invoke_without_command=True)
 app.add_typer(ls, name="ls")
+
+# typer shows it in a box that breaks long names; it has no public name in all versions.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a shipped recipe.")]
@@ -39,18 +42,26 @@ TrustPython = Annotated[
 
 def main(args: list[str] | None = None) -> None:
     """Run the command; errors go to stderr in plain words, with exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without ─ and × is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app(args=args, prog_name="pacswap")
+        given = sys.argv[1:] if args is None else args
+        code = app(args=given or ["--help"], prog_name="pacswap", standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt
     except PacswapError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing was written.", 130)
-    except BrokenPipeError:  # `pacswap ls models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = "pacswap" if context is None else context.command_path
+        _fail(f"{error.format_message()}\nHow to call it: {command} --help", 2)
     except Exception as error:  # the last door: a user sees words, a developer asks for more
         if os.environ.get("PACSWAP_DEBUG"):
             raise
+        if isinstance(error, OSError):
+            _fail(f"the system refuses: {error}", 2)
         _fail(
             f"internal error: {type(error).__name__}: {error}\nThis is a fault of pacswap. Run it "
             "again with PACSWAP_DEBUG=1 for the traceback, and please report it.",
@@ -86,10 +97,10 @@ def apply(
         )
     report = applied.report
     if as_json:
-        _print(report.as_json())
+        _print(_dumped(report.as_dict()))
         return
     latency = report.latency
-    _print(f"{applied.plan}\n\n{report.verification}\n")
+    _print(f"{applied.plan}\n\n{report.verification}")
     _print(
         f"latency ratio {latency.ratio:.2f} ({latency.lowest:.2f} … {latency.highest:.2f}), "
         f"{1e3 * latency.before:.1f} → {1e3 * latency.after:.1f} ms on {latency.device}, "
@@ -157,6 +168,8 @@ def ls_default(context: typer.Context, as_json: AsJson = False) -> None:
     """List recipes (the default), models, or a model's layers."""
     if context.invoked_subcommand is None:
         ls_recipes(as_json)
+    elif as_json:  # `ls --json models` is `ls models --json`
+        context.default_map = {context.invoked_subcommand: {"as_json": True}}
 
 
 @ls.command("recipes")
@@ -187,7 +200,10 @@ def ls_models(
     library = pattern if pattern in LIBRARIES else None
     names = model_names(library)
     wanted = "*" if library else pattern
-    rows = [[lib, name] for lib, known in names.items() for name in matching(wanted, known)]
+    try:
+        rows = [[lib, name] for lib, known in names.items() for name in matching(wanted, known)]
+    except ValueError as error:
+        raise ModelError(f"{error}.") from error
     if not rows:
         raise ModelError(
             f"no model matches '{pattern}'. Try a glob: pacswap ls models '*{pattern}*'"
@@ -201,6 +217,7 @@ def ls_models(
 @ls.command("layers")
 def ls_layers(
     model: Annotated[str, typer.Argument(help="A model's name, or library/name.")],
+    trust_python: TrustPython = False,
     as_json: AsJson = False,
 ) -> None:
     """List a model's spatial convolutions in the order in which they run."""
@@ -208,7 +225,7 @@ def ls_layers(
     from pacswap.zoo import build, input_size
 
     source = _source(model)
-    network = build(source, meta=True)
+    network = build(source, meta=True, trust_python=trust_python)
     example = default_input(network)
     size = input_size(source, network)
     infos = layers(network, example if size is None else example.new_empty(1, *size))
@@ -278,13 +295,15 @@ def _table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _dumped(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    return json.dumps(data, indent=2)
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    typer.echo(text)  # flushes, so that a closed pipe or a full disk is noticed here
 
 
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"pacswap: {message}\n")
+def _fail(message: str, code: int) -> NoReturn:
+    # A file's or a key's name may hold what would steer the terminal.
+    safe = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    typer.echo(f"pacswap: {''.join(safe)}", err=True)
     raise SystemExit(code)

@@ -143,7 +143,7 @@ def planned(loaded: LoadedRecipe, model: nn.Module) -> Plan:
     """
     recipe = loaded.recipe
     name = f"{recipe.model.library} {recipe.model.name}"
-    command = f"List them: pacswap ls layers {recipe.model.name}"
+    command = f"List them: pacswap ls layers {recipe.model.library}/{recipe.model.name}"
     try:
         return plan_groups(
             model, groups_of(recipe), example_of(loaded, model), list_command=command
@@ -178,9 +178,10 @@ def calibration_images(loaded: LoadedRecipe, model: nn.Module, plan: Plan) -> Te
     images = _read_images(loaded, section.images, (shape[2], shape[3]))
     mean, std = section.mean or mean, section.std or std
     columns = (1, 3, 1, 1)
-    return ((images - torch.tensor(mean).view(columns)) / torch.tensor(std).view(columns)).to(
-        parameter
-    )
+    images = (images - torch.tensor(mean).view(columns)) / torch.tensor(std).view(columns)
+    if shape[1] != 3:
+        images = images.mean(1, keepdim=True).expand(-1, shape[1], -1, -1)
+    return images.to(parameter)
 
 
 def _built(loaded: LoadedRecipe, trust_python: bool) -> nn.Module:
@@ -195,7 +196,7 @@ def _read_images(
     loaded: LoadedRecipe, given: str | tuple[str, ...], size: tuple[int, int]
 ) -> Tensor:
     """RGB in 0 … 1, resized; at most 16 of them, at least two."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     where = loaded.where(("calibration", "images"))
@@ -211,9 +212,9 @@ def _read_images(
             with Image.open(path) as image:
                 resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
                 images.append(pil_to_tensor(resized).float() / 255)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             faults.append(
-                f"{where}: calibration.images: '{path}' is not a readable image: {error}."
+                f"{where}: calibration.images: '{path}' is not a readable image: {error}"
             )
     if not paths:
         faults.append(f"{where}: calibration.images: '{given}' has no files.")

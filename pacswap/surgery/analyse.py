@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from pacswap.errors import Fault, PlanError
 from pacswap.ops import make_window
 from pacswap.surgery.checks import why_not_conv, why_not_model
-from pacswap.surgery.cost import Cost, added_cost, model_parameters
+from pacswap.surgery.cost import added_cost, model_parameters
+from pacswap.surgery.modes import kept_random
 from pacswap.surgery.plan import (
+    Cost,
     Plan,
     PlannedGuidance,
     PlannedKernel,
@@ -25,7 +26,7 @@ from pacswap.surgery.plan import (
 )
 from pacswap.surgery.scope import ScopeFinder, resolve_sources
 from pacswap.surgery.select import convolutions, select
-from pacswap.surgery.skeleton import ExampleInput, Observation, observe, skeleton
+from pacswap.surgery.skeleton import ExampleInput, Observation, look, observe
 from pacswap.surgery.spec import Group
 from pacswap.surgery.wiring import Probe, locate_guidance, probe_scope, why_not_fed
 
@@ -51,7 +52,8 @@ def plan_groups(
     reason = why_not_model(model)
     if reason is not None:
         raise refusal(type(model).__name__, [Fault(f"{reason}.")], many_groups=False)
-    return _Analysis(model, groups, example_input, list_command).plan()
+    with kept_random():
+        return _Analysis(model, groups, example_input, list_command).plan()
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,9 @@ class _Analysis:
         self.batch = next((t.shape[0] for t in _tensors(example)), 1)
         self.faults: list[Fault] = []
         self.convs = convolutions(model)
-        self.bones = skeleton(model).eval()
-        with FlopCounterMode(display=False) as counter:
-            self.seen = observe(self.bones, example)
+        self.bones, self.seen = look(model, example)
         # Counted on two images: train mode needs them, the cost is for one.
-        self.macs = counter.get_total_flops() // 2 // self.batch
+        self.macs = self.seen.macs // self.batch
         self.seen_train: Observation | None = None
 
     def plan(self) -> Plan:
@@ -269,9 +269,16 @@ class _Builder:
                 conv_in_words(conv),
                 self._kernel_keys[key],
                 conv.in_channels,
+                self._aliases(claim.name),
                 max(len(trace.calls.get(scope.local(claim.name), [])) for trace in scope.traces),
             )
         )
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        model = self.analysis.model
+        conv = model.get_submodule(name)
+        everywhere = model.named_modules(remove_duplicate=False)
+        return tuple(other for other, module in everywhere if module is conv and other != name)
 
     def _guidance(self, index: int, scope: PlannedScope, probe: Probe, claim: _Claim) -> int:
         for known, guidance in enumerate(self.guidances):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from pacswap.surgery.plan import Plan
 from pacswap.surgery.request import as_groups
 from pacswap.surgery.rewrite import rewrite
 from pacswap.surgery.select import convolutions, is_spatial
-from pacswap.surgery.skeleton import ExampleInput, observe, skeleton
+from pacswap.surgery.skeleton import ExampleInput, look, observe, skeleton
 from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, Layers
 
 
@@ -159,9 +160,7 @@ def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[
     Raises:
         PlanError: the model does not run on the example input.
     """
-    seen = observe(
-        skeleton(model).eval(), default_input(model) if example_input is None else example_input
-    )
+    _, seen = look(model, default_input(model) if example_input is None else example_input)
     shapes = {call.name: call.output_shape for call in reversed(seen.calls)}
     order = {call.name: call.order for call in reversed(seen.calls)}
     found = []
@@ -172,12 +171,26 @@ def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[
 
 
 def default_input(model: nn.Module) -> Tensor:
-    """One image on the meta device, of the size that a model names or 224×224."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None:
-        first = next(iter(convolutions(model).values()), None)
-        size = (3 if first is None else first.in_channels, 224, 224)
+    """One image on the meta device, of the size that a model names, or 224×224, or 299×299.
+
+    The larger one is for networks that say nothing and do not train at 224×224 (Inception's
+    auxiliary head).
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
-    return torch.empty(1, *size, device="meta", dtype=dtype)
+
+    def image(size: tuple[int, ...]) -> Tensor:
+        return torch.empty(1, *size, device="meta", dtype=dtype)
+
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is not None:
+        return image(tuple(size))
+    first = next(iter(convolutions(model).values()), None)
+    channels = 3 if first is None else first.in_channels
+    bones = skeleton(model).train()
+    for side in (224, 299):
+        with suppress(PlanError):
+            observe(bones, image((channels, side, side)).expand(2, -1, -1, -1))
+            return image((channels, side, side))
+    return image((channels, 224, 224))

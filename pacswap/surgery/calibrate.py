@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pacswap import ops, scenes
 from pacswap.errors import PlanError
 from pacswap.nn import AdaptingKernel
-from pacswap.surgery.modes import kept_modes
+from pacswap.surgery.modes import kept_modes, kept_random
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.skeleton import ExampleInput
 
@@ -78,9 +79,9 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
         handles.append(kernel.register_forward_pre_hook(note))
     parameter = next(model.parameters())
     args = batch if isinstance(batch, tuple) else (batch,)
-    args = tuple(a.to(parameter) if isinstance(a, Tensor) else a for a in args)
+    args = pytree.tree_map_only(Tensor, lambda t: _like(t, parameter), args)
     try:
-        with torch.no_grad(), kept_modes(model):
+        with torch.no_grad(), kept_modes(model), kept_random():
             model.eval()
             if kernels:
                 model(*args)
@@ -90,6 +91,11 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
         for handle in handles:
             handle.remove()
     return _set(kernels, medians)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device, and in its dtype unless it holds whole numbers."""
+    return value.to(parameter if value.is_floating_point() else parameter.device)
 
 
 def _set(kernels: dict[str, AdaptingKernel], medians: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from pacswap.errors import quoted
 from pacswap.nn import PacConv2d
 
 # Wrappers by class name: importing FSDP for an isinstance check costs a second.
@@ -35,6 +36,9 @@ def why_not_model(model: nn.Module) -> str | None:
         if remedy is not None:
             where = f"'{name}' is" if name else "the model is"
             return f"{where} wrapped in {type(module).__name__}: {remedy}"
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        return f"'{lazy[0]}' is lazy and has no value yet: run the model once first"
     swapped = [name for name, m in model.named_modules() if isinstance(m, PacConv2d)]
     if swapped:
         return (
@@ -51,8 +55,6 @@ def why_not_conv(conv: _ConvNd) -> str | None:
         return f"it is a {kind}; only Conv2d layers can be swapped"
     if not isinstance(conv, nn.Conv2d):
         return f"it is a {kind}; pixel-adaptive convolution is two-dimensional"
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
-        return "it is lazy and has no weights yet; run the model once first"
     if parametrize.is_parametrized(conv):
         return (
             "its weight is parametrized, and a swap would freeze what the parametrization "
@@ -71,6 +73,14 @@ def why_not_conv(conv: _ConvNd) -> str | None:
     own_forward = type(conv).forward is not nn.Conv2d.forward
     if own_forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         return f"{kind} computes something else than Conv2d, which would be lost"
+    if type(conv) is not nn.Conv2d:
+        return (
+            f"{kind} is a subclass of Conv2d, which the swap would not give back. Use "
+            "torch.nn.Conv2d itself"
+        )
+    own = [*conv._buffers, *conv._modules, *(conv._parameters.keys() - {"weight", "bias"})]
+    if own:
+        return f"it holds more than a weight and a bias, which would be lost: {quoted(own)}"
     if max(conv.kernel_size) == 1:
         return (
             "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"

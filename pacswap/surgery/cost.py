@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer
+from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Figures for one image of the example input's size.
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-accumulates of convolutions and matrix products while it is open.
+
+    `torch.utils.flop_counter.FlopCounterMode` without its module tracker, which hooks every module
+    and fails on tensors that lost their gradient function.
 
     Attributes:
-        parameters: of the original model.
-        added_parameters: by the swap.
-        macs: multiply-accumulates of the original model (convolutions and matrix products).
-        added_macs: by the swap: projections, distances, and the modulation of every tap.
-        added_bytes: activations that the swap adds: features, resized features and kernels.
+        macs: counted so far.
     """
 
-    parameters: int
-    added_parameters: int
-    macs: int
-    added_macs: int
-    added_bytes: int
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # brings triton: not at import
+
+        super().__init__()
+        self.macs = 0
+        self._registry = flop_registry
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation and add what it costs."""
+        output = func(*args, **(kwargs or {}))
+        formula = self._registry.get(func._overloadpacket)
+        if formula is not None:
+            self.macs += formula(*args, **(kwargs or {}), out_val=output) // 2
+        return output
 
 
 def model_parameters(model: nn.Module) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pacswap.errors import Fault, PlanError
-from pacswap.surgery.cost import Cost
 from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec
+from pacswap.surgery.table import columns, plus, quantity
 from pacswap.surgery.trace import Trace
 
 
@@ -92,6 +92,7 @@ class PlannedLayer:
         conv: what it is, in words: `Conv2d 128→128 3×3`.
         kernel: index of its adapting kernel.
         in_channels: C_in.
+        aliases: other names under which the same module is registered.
         calls: how often it runs in one forward pass.
     """
 
@@ -100,6 +101,7 @@ class PlannedLayer:
     conv: str
     kernel: int
     in_channels: int
+    aliases: tuple[str, ...]
     calls: int
 
 
@@ -113,6 +115,7 @@ class PlannedScope:
         kind: the module's class name.
         train: the graph of train mode, which serves both modes if `evaluate` is None.
         evaluate: the graph of eval mode, where it differs in more than mode flags.
+        renamed: (name in the model, name in here) of modules that were registered elsewhere first.
 
     The graphs are there until the plan has been carried out.
     """
@@ -122,6 +125,7 @@ class PlannedScope:
     kind: str
     train: Trace | None = field(repr=False, compare=False)
     evaluate: Trace | None = field(repr=False, compare=False)
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def traces(self) -> tuple[Trace, ...]:
@@ -130,7 +134,27 @@ class PlannedScope:
 
     def local(self, name: str) -> str:
         """A dotted name relative to this module."""
-        return name.removeprefix(f"{self.module}.") if self.module else name
+        plain = name.removeprefix(f"{self.module}.") if self.module else name
+        return dict(self.renamed).get(name, plain)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures for one image of the example input's size.
+
+    Attributes:
+        parameters: of the original model.
+        added_parameters: by the swap.
+        macs: multiply-accumulates of the original model (convolutions and matrix products).
+        added_macs: by the swap: projections, distances, and the modulation of every tap.
+        added_bytes: activations that the swap adds: features, resized features and kernels.
+    """
+
+    parameters: int
+    added_parameters: int
+    macs: int
+    added_macs: int
+    added_bytes: int
 
 
 @dataclass(frozen=True)
@@ -167,11 +191,12 @@ class Plan:
 
     def added_parameters(self) -> list[str]:
         """The `state_dict` keys that the swap adds."""
-        names = [f"{layer.name}.blend" for layer in self.layers]
-        names += [f"{kernel.owner}.adapting_kernel.log_bandwidth" for kernel in self.kernels]
+        owned = [(layer.name, "blend") for layer in self.layers]
+        owned += [(kernel.owner, "adapting_kernel.log_bandwidth") for kernel in self.kernels]
         projected = (g for g in self.guidances if g.spec.channels is not None)
-        names += [f"{guidance.owner}.guidance.project.weight" for guidance in projected]
-        return sorted(names)
+        owned += [(guidance.owner, "guidance.project.weight") for guidance in projected]
+        aliases = {layer.name: (layer.name, *layer.aliases) for layer in self.layers}
+        return sorted(f"{name}.{key}" for owner, key in owned for name in aliases[owner])
 
     def record(self) -> Plan:
         """The plan as an upgraded model keeps it: layers by name, without graphs."""
@@ -183,12 +208,79 @@ class Plan:
         return replace(self, groups=groups, scopes=scopes)
 
     def __str__(self) -> str:
-        """The plan as a table."""
-        from pacswap.surgery.table import plan_table
-
-        return plan_table(self)
+        """The plan as a table that fits a terminal."""
+        return _in_words(self)
 
 
 def names(layers: Iterable[PlannedLayer], group: int | None = None) -> list[str]:
     """The layers' names, of all groups or of one."""
     return [layer.name for layer in layers if group is None or layer.group == group]
+
+
+def _in_words(plan: Plan) -> str:
+    """The plan as a newcomer reads it: layers, guidance, kernels, what is rewired, the cost."""
+    size = "×".join(map(str, plan.input_shape[1:]))
+    count = len(plan.layers)
+    many = len(plan.guidances) > 1
+    rows = []
+    for layer in plan.layers:
+        kernel = plan.kernels[layer.kernel]
+        row = [layer.name, layer.conv, "×".join(map(str, kernel.output_size))]
+        row.append(", ".join(plan.guidance_of(layer).sources))
+        rows.append(row)
+    lines = [
+        f"{plan.model}, input {size}: {count} convolution{'s' if count > 1 else ''} "
+        f"become{'' if count > 1 else 's'} pixel-adaptive",
+        "",
+        *columns(["layer", "convolution", "output", "guided by"], rows),
+        "",
+    ]
+    for index, guidance in enumerate(plan.guidances):
+        kernels = [kernel for kernel in plan.kernels if kernel.guidance == index]
+        title = f"guidance {index + 1}" if many else "guidance"
+        lines.append(f"  {title:<12}{_guidance_in_words(guidance)}")
+        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels)}")
+    lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
+    cost = plan.cost
+    lines += [
+        f"  {'parameters':<12}{plus(cost.parameters, cost.added_parameters)}",
+        f"  {'MACs':<12}{plus(cost.macs, cost.added_macs)}",
+        f"  {'memory':<12}+ {quantity(cost.added_bytes, 'B')} of activations for one image",
+    ]
+    return "\n".join(lines)
+
+
+def _guidance_in_words(guidance: PlannedGuidance) -> str:
+    parts = []
+    for name, shape in zip(guidance.sources, guidance.shapes, strict=True):
+        if shape is None:
+            parts.append(f"{name}, the keyword argument guidance=")
+        else:
+            parts.append(f"{name}, {shape[1]} channels at {shape[2]}×{shape[3]}")
+    text = " and ".join(parts)
+    if guidance.spec.source == "input+position":
+        text += ", with the position of each pixel"
+    if guidance.spec.channels is not None:
+        text += f" → {guidance.spec.channels} (1×1 projection)"
+    if guidance.spec.detach:
+        text += ", no gradient"
+    return text
+
+
+def _kernel_in_words(kernels: Sequence[PlannedKernel]) -> str:
+    spec = kernels[0].spec
+    words: list[str] = [spec.form]
+    if spec.normalize != "none":
+        words.append(f"normalised by the {spec.normalize}")
+    start = "0 (the plain convolution)" if spec.blend == 0 else f"{spec.blend:g}"
+    words.append(f"blend {start}")
+    words.append(f"bandwidth {spec.bandwidth}")
+    count = len(kernels)
+    shared = f"; {count} of them" if count > 1 else "; one for all"
+    return ", ".join(words) + shared
+
+
+def _scope_in_words(scope: PlannedScope) -> str:
+    where = f"{scope.module}.{scope.method}" if scope.module else scope.method
+    graphs = "" if scope.evaluate is None else ", a graph for each mode"
+    return f"{where} ({scope.kind}){graphs}, the rest keeps its code"

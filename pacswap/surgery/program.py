@@ -18,8 +18,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from pacswap.errors import GuidanceError
-
 _SLOT = "_pacswap_program"
 _counter = itertools.count()
 
@@ -127,11 +125,6 @@ def _subclass(base: type[nn.Module], method: str) -> type[nn.Module]:
             program is None
         ):  # made by the class itself, as slicing a Sequential does: no graph, no swap
             return original(self, *args, **kwargs)
-        if getattr(self, "grad_checkpointing", False):
-            raise GuidanceError(
-                "gradient checkpointing was turned on after the swap, and the rewritten graph does "
-                "not recompute. Call set_grad_checkpointing(False)."
-            )
         function = program.train if self.training else program.evaluate
         return function(self, *args, **kwargs)
 

@@ -110,7 +110,6 @@ def _guidance(given: Any, where: str, faults: list[str]) -> GuidanceSpec | None:
     names = (spec.source,) if isinstance(spec.source, str) else spec.source
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         faults.append(f"{where}.from: expected a name or a list of names, got {spec.source!r}.")
-        return None
     if not (spec.channels is None or (type(spec.channels) is int and spec.channels >= 1)):
         faults.append(f"{where}.channels: expected a positive int or None, got {spec.channels!r}.")
     _check_word(f"{where}.resize", spec.resize, get_args(Resize), faults)

@@ -9,13 +9,20 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import Node
 
-from pacswap.errors import GuidanceError, PlanError
+from pacswap.errors import PlanError, quoted
 from pacswap.nn import AdaptingKernel, Guidance, PacConv2d, resize_guidance
 from pacswap.surgery.analyse import conv_in_words
 from pacswap.surgery.plan import Plan, PlannedKernel, PlannedScope
 from pacswap.surgery.program import Program, install, is_installed, uninstall
+from pacswap.surgery.runtime import (
+    fitting_features,
+    fitting_kernel,
+    not_checkpointed,
+    required_guidance,
+    same_mode,
+)
 from pacswap.surgery.skeleton import copy_model
-from pacswap.surgery.trace import Trace
+from pacswap.surgery.trace import INPUT_SIZE, Trace
 from pacswap.surgery.wiring import source_node
 
 PLAN = "_pacswap_plan"
@@ -66,13 +73,14 @@ def revert(model: nn.Module) -> nn.Module:
         A new model, of the original class and structure; the given one is untouched.
 
     Raises:
-        PlanError: the model is not an upgraded one.
+        PlanError: the model is not an upgraded one, or a swapped layer was parametrized since.
     """
     plan_of(model)
     plain = copy_model(model)
+    _check_revertible(model)
     for name, module in list(plain.named_modules()):
         if isinstance(module, PacConv2d):
-            _replace(plain, name, module.to_conv())
+            _replace(plain, name, module.to_conv(), forget=("enabled", "guided_by"))
         if is_installed(module):
             uninstall(module)
     del vars(plain)[PLAN]
@@ -125,22 +133,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             part.enabled = enabled
 
 
-def required_guidance(guidance: Any) -> Any:
-    """Refuse a call without the external guidance (called by the graph).
-
-    Raises:
-        GuidanceError: it is None.
-    """
-    if guidance is None:
-        raise GuidanceError(
-            "this network was upgraded with an external guidance and was called without one. "
-            "Call it as model(input, guidance=features)."
-        )
-    return guidance
-
-
 def _check_same(model: nn.Module, plan: Plan) -> None:
     """Raise unless every planned layer is the convolution that was planned for."""
+    if any(not scope.traces for scope in plan.scopes):
+        raise PlanError(
+            "this plan was carried out already and has no graphs any more. Plan again: "
+            "pacswap.plan(model, …)."
+        )
     modules = dict(model.named_modules())
     faults = []
     for layer in plan.layers:
@@ -177,9 +176,27 @@ def _pac_layer(model: nn.Module, plan: Plan, name: str) -> PacConv2d:
     return pac
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` wherever the module of that name is registered, under all of its names."""
+def _check_revertible(model: nn.Module) -> None:
+    """Raise if a swapped layer holds what a plain convolution over the same weights would lose."""
+    faults = []
+    for name, layer in pac_layers(model).items():
+        own = [*layer._buffers, *(layer._modules.keys() - {"adapting_kernel", "guidance"})]
+        own += layer._parameters.keys() - {"weight", "bias", "blend"}
+        if own:
+            faults.append(f"'{name}' holds {quoted(sorted(own))}")
+    if faults:
+        raise PlanError(
+            f"cannot revert {type(model).__name__}: {'; '.join(faults)}, which a plain convolution "
+            "would lose. Remove the parametrization, weight norm or pruning first."
+        )
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module, *, forget: tuple[str, ...] = ()) -> None:
+    """Put `new` wherever the module of that name is registered, with its hooks and attributes."""
     old = model.get_submodule(name)
+    for key, value in vars(old).items():
+        if "hook" in key or (key not in vars(new) and key not in forget):
+            vars(new)[key] = value
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is old:
@@ -191,26 +208,32 @@ def _install_scope(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
         "external" in guidance.sources and plan.scopes[guidance.scope] is scope
         for guidance in plan.guidances
     )
-    graphs = tuple(_rewired(trace, plan, scope, external) for trace in scope.traces)
+    graphs = tuple(_rewired(model, trace, plan, scope, external) for trace in scope.traces)
     keywords = ("guidance",) if external else ()
     install(model.get_submodule(scope.module), Program.of(scope.method, graphs, keywords))
 
 
-def _rewired(trace: Trace, plan: Plan, scope: PlannedScope, external: bool) -> fx.Graph:
+def _rewired(
+    model: nn.Module, trace: Trace, plan: Plan, scope: PlannedScope, external: bool
+) -> fx.Graph:
     """A copy of a graph in which every planned layer receives its adapting kernel."""
     graph = fx.Graph()
     twin: dict[Node, Node] = {}
     result = graph.graph_copy(trace.graph, twin)
     graph.output(result)
     wiring = _Wiring(graph, trace, twin, plan, scope)
+    wiring.add_guards(model)
     if external:
         wiring.add_external_input()
+    kernel_of: dict[Node, int] = {}
     for layer in plan.layers:
         if plan.scope_of(layer) is scope:
-            for call in trace.calls.get(scope.local(layer.name), []):
-                node = twin[call]
-                with graph.inserting_before(node):
-                    node.kwargs = {**node.kwargs, "kernel": wiring.kernel(layer.kernel, node)}
+            calls = trace.calls.get(scope.local(layer.name), [])
+            kernel_of |= {twin[call]: layer.kernel for call in calls}
+    for node in list(graph.nodes):
+        if node in kernel_of:
+            with graph.inserting_before(node):
+                node.kwargs = {**node.kwargs, "kernel": wiring.kernel(kernel_of[node], node)}
     graph.lint()
     return graph
 
@@ -225,34 +248,63 @@ class _Wiring:
         self.external: Node | None = None
         self.features: dict[int, Node] = {}
         self.resized: dict[tuple[int, tuple[int, int]], Node] = {}
-        self.kernels: dict[int, Node] = {}
+        self.kernels: dict[tuple[int, tuple[int, int]], tuple[Node, Node]] = {}
+
+    def add_guards(self, model: nn.Module) -> None:
+        """Check at each call that what the trace took for granted still holds."""
+        root = model.get_submodule(self.scope.module)
+        inside = {name: root.get_submodule(name) for name in ("", *self.trace.entered)}
+        paths = {name: f"{name}." if name else "" for name in inside}
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        with self.graph.inserting_after(inputs[-1]):
+            last = self.graph.create_node("call_function", not_checkpointed)
+        with self.graph.inserting_before(last):
+            last.args = (
+                tuple(
+                    self._attribute(f"{paths[name]}grad_checkpointing")
+                    for name, module in inside.items()
+                    if hasattr(module, "grad_checkpointing")
+                ),
+            )
+            if self.scope.evaluate is not None:
+                modes = {n: self._attribute(f"{paths[n]}training") for n in self.trace.entered}
+                training = self.trace is self.scope.train
+                self.graph.call_function(same_mode, (training, modes))
 
     def add_external_input(self) -> None:
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         with self.graph.inserting_after(inputs[-1]):
             given = self.graph.create_node("placeholder", "guidance", (None,), {})
+        owner = next(g.owner for g in self.plan.guidances if "external" in g.sources)
         with self.graph.inserting_after(given):
-            self.external = self.graph.call_function(required_guidance, (given,))
+            enabled = self._attribute(f"{self.scope.local(owner)}.guidance.enabled")
+        with self.graph.inserting_after(enabled):
+            self.external = self.graph.call_function(required_guidance, (given, enabled))
 
     def kernel(self, index: int, layer: Node) -> Node:
         """The adapting kernel for a layer's call, made before it unless it is there already."""
-        if index not in self.kernels:
-            planned = self.plan.kernels[index]
-            features = self._at_resolution(planned, layer)
-            target = f"{self.scope.local(planned.owner)}.adapting_kernel"
-            self.kernels[index] = self.graph.create_node("call_module", target, (features,), {})
-        return self.kernels[index]
+        planned = self.plan.kernels[index]
+        target = f"{self.scope.local(planned.owner)}.adapting_kernel"
+        size, like = layer.meta[INPUT_SIZE], layer.all_input_nodes[0]
+        mode = self.plan.guidances[planned.guidance].spec.resize
+        features = self._features(planned.guidance)
+        if (index, size) in self.kernels:
+            shared = self.kernels[index, size]
+            make = self._attribute(target)
+            return self.graph.call_function(fitting_kernel, (*shared, features, like, mode, make))
+        resized = self._at_resolution(planned.guidance, size, (features, like, mode))
+        kernel = self.graph.create_node("call_module", target, (resized,), {})
+        self.kernels[index, size] = kernel, resized
+        return kernel
 
-    def _at_resolution(self, kernel: PlannedKernel, layer: Node) -> Node:
-        key = (kernel.guidance, kernel.input_size)
-        if key not in self.resized:
-            spec = self.plan.guidances[kernel.guidance].spec
-            like = layer.all_input_nodes[0]
-            features = self._features(kernel.guidance)
-            self.resized[key] = self.graph.call_function(
-                resize_guidance, (features, like, spec.resize)
-            )
-        return self.resized[key]
+    def _at_resolution(
+        self, guidance: int, size: tuple[int, int], how: tuple[Node, Node, str]
+    ) -> Node:
+        if (guidance, size) in self.resized:
+            shared = self.resized[guidance, size]
+            return self.graph.call_function(fitting_features, (shared, *how))
+        self.resized[guidance, size] = self.graph.call_function(resize_guidance, how)
+        return self.resized[guidance, size]
 
     def _features(self, index: int) -> Node:
         """The projected guidance, computed as soon as its last source is there."""
@@ -272,6 +324,9 @@ class _Wiring:
                     "call_module", target, tuple(sources), {}
                 )
         return self.features[index]
+
+    def _attribute(self, target: str) -> Node:
+        return self.graph.create_node("get_attr", target)
 
     def _source(self, name: str) -> Node:
         if name == "external":

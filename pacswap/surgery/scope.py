@@ -7,7 +7,7 @@ the classifier behind `forward_features`) keeps its own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -17,10 +17,11 @@ from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.select import is_pattern, matching
 from pacswap.surgery.skeleton import Call, Entry, Observation
 from pacswap.surgery.spec import Group, GuidanceSpec
-from pacswap.surgery.trace import Trace, TraceFailure, merge_modes, trace_method
+from pacswap.surgery.trace import TraceFailure, trace_modes
 
 IMAGE_SOURCES = ("input", "input+position")
 ROOT: Entry = ("", "forward")
+_NEARER = "Choose a guidance nearer to the layers, inside a submodule that can be."
 
 
 @dataclass
@@ -71,17 +72,19 @@ class ScopeFinder:
             if faults:
                 yield None, draft.groups, faults
                 continue
+            scope = PlannedScope(
+                *draft.entry, type(module).__name__, None, None, self._renamed(draft)
+            )
             try:
-                train, evaluate = self._trace(draft)
+                scope = self._trace(draft, scope)
             except TraceFailure as failure:
                 where = (
                     f"'{draft.entry[0]}' ({type(module).__name__})"
                     if draft.entry[0]
                     else "the model"
                 )
-                yield None, draft.groups, [f"{where} cannot be traced: {failure}."]
+                yield None, draft.groups, [f"{where} cannot be traced: {failure}. {_NEARER}"]
                 continue
-            scope = PlannedScope(*draft.entry, type(module).__name__, train, evaluate)
             yield scope, draft.groups, _hidden_layers(scope, draft.layers)
 
     def _merge(self, draft: _Draft) -> None:
@@ -113,19 +116,20 @@ class ScopeFinder:
                 faults.append(f"'{inner}' has to be rewired, but {reason}.")
         return faults
 
-    def _trace(self, draft: _Draft) -> tuple[Trace, Trace | None]:
+    def _renamed(self, draft: _Draft) -> tuple[tuple[str, str], ...]:
+        module = draft.entry[0]
+        prefix = f"{module}." if module else ""
+        names = {inner: name for name, inner in self.model.named_modules()}
+        inside = self.model.get_submodule(module).named_modules()
+        pairs = ((names[inner], name) for name, inner in inside if name)
+        return tuple((full, name) for full, name in pairs if full != prefix + name)
+
+    def _trace(self, draft: _Draft, scope: PlannedScope) -> PlannedScope:
         name, method = draft.entry
-        prefix = f"{name}." if name else ""
-        enter = [inner.removeprefix(prefix) for inner in draft.enter]
+        enter = [scope.local(inner) for inner in draft.enter]
         module = self.bones.get_submodule(name)
-        try:
-            self.bones.train()
-            train = trace_method(module, method, enter)
-            self.bones.eval()
-            evaluate = trace_method(module, method, enter)
-        finally:
-            self.bones.eval()
-        return (train, None) if merge_modes(train, evaluate) else (train, evaluate)
+        train, evaluate = trace_modes(module, method, enter, self.bones.train)
+        return replace(scope, train=train, evaluate=evaluate)
 
 
 def resolve_sources(
@@ -140,7 +144,7 @@ def resolve_sources(
     modules = dict(model.named_modules())
     given = (spec.source,) if isinstance(spec.source, str) else spec.source
     if not given:
-        faults.append("guidance is empty. Name a layer, 'input' or 'external'.")
+        faults.append("nothing is named. Name a layer, 'input' or 'external'.")
     for text in given:
         if text in ("input", "external") or text in ran:
             sources.append(text)
@@ -155,7 +159,8 @@ def resolve_sources(
         else:
             sources.append(text)  # perhaps a node's label: the trace will tell
     if len(set(sources)) < len(sources):
-        faults.append(f"guidance names a source twice: {quoted(sources)}.")
+        again = [name for name in dict.fromkeys(sources) if sources.count(name) > 1]
+        faults.append(f"{quoted(again)} is named twice. Once is enough.")
     return faults, sources
 
 

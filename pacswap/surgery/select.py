@@ -46,7 +46,7 @@ def select(
     chosen: set[str] = set()
     parts = list(layers) if isinstance(layers, tuple | list) else [layers]
     if not parts:
-        faults.append("layers is empty. Name at least one convolution.")
+        faults.append("nothing is named. Name at least one convolution.")
     for part in parts:
         if isinstance(part, LayerQuery):
             chosen.update(_by_query(part, model, convs, seen, faults))
@@ -56,7 +56,7 @@ def select(
             chosen.update(_by_callable(part, convs, faults))
         else:
             faults.append(
-                f"layers must hold names, patterns, queries or callables, got {part!r} "
+                f"expected names, patterns, queries or callables, got {part!r} "
                 f"({type(part).__name__})."
             )
     return [name for name in convs if name in chosen], faults
@@ -102,7 +102,7 @@ def _by_pattern(
 
 
 def _no_match(pattern: str, model: nn.Module, convs: dict[str, _ConvNd], describe: str) -> str:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if pattern in modules and isinstance(modules[pattern], _ConvNd):
         first = next(name for name, conv in convs.items() if conv is modules[pattern])
         return f"'{pattern}' is another name of '{first}'. Use that one."

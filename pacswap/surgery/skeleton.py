@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import PlanError
+from pacswap.surgery.cost import MacCounter
+from pacswap.surgery.modes import kept_random
 
 ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
 
@@ -58,31 +60,49 @@ class Observation:
         calls: the calls.
         arguments: of the first call of each entry, on meta.
         outputs: likewise.
+        macs: multiply-accumulates of convolutions and matrix products.
     """
 
     calls: list[Call] = field(default_factory=list)
     arguments: dict[Entry, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     outputs: dict[Entry, Any] = field(default_factory=dict)
+    macs: int = 0
 
     def of(self, name: str) -> list[Call]:
         """The calls of one module's `forward`."""
         return [call for call in self.calls if call.entry == (name, "forward")]
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A structural copy of `model` on the meta device, without the user's hooks.
+def look(model: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Observation]:
+    """A skeleton in eval mode, and what it does on an input.
+
+    Where the meta device cannot run the model (the number of its boxes depends on values, it makes
+    tensors on a device of its own), the skeleton is an ordinary copy.
+
+    Raises:
+        PlanError: the model cannot be copied, or does not run; the message has its own words.
+    """
+    bones = skeleton(model).eval()
+    try:
+        return bones, observe(bones, example_input)
+    except PlanError:
+        if all(parameter.is_meta for parameter in model.parameters()):
+            raise
+    bones = skeleton(model, meta=False).eval()
+    return bones, observe(bones, example_input)
+
+
+def skeleton(model: nn.Module, *, meta: bool = True) -> nn.Module:
+    """A structural copy of `model`, without the user's hooks.
+
+    Args:
+        model: any module.
+        meta: on the meta device, without values; otherwise an ordinary copy.
 
     Raises:
         PlanError: the model cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    unregistered = (value for value in attributes if isinstance(value, Tensor))
-    for tensor in [*model.parameters(), *model.buffers(), *unregistered]:
-        meta = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = meta
+    memo = _on_meta(model) if meta else {}
     bones = copy_model(model, memo)
     for module in bones.modules():
         for hooks in (
@@ -94,6 +114,19 @@ def skeleton(model: nn.Module) -> nn.Module:
             for key in [k for k, hook in hooks.items() if not _is_library_hook(hook)]:
                 del hooks[key]
     return bones
+
+
+def _on_meta(model: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`: every tensor of a model with its twin on the meta device."""
+    memo: dict[int, Any] = {}
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    unregistered = (value for value in attributes if isinstance(value, Tensor))
+    for tensor in [*model.parameters(), *model.buffers(), *unregistered]:
+        meta = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = meta
+    return memo
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -131,16 +164,20 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     """
     seen = Observation()
     undo = _watch(bones, seen)
+    device = next((p.device for p in bones.parameters()), torch.device("meta"))
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
-        with torch.no_grad():
-            bones(*to_meta(example_input))
+        with torch.no_grad(), kept_random(), MacCounter() as counter:
+            bones(*args)
+            seen.macs = counter.macs
     except Exception as error:  # the model's own code: anything can come out of it
         shapes = [
             tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)
         ]
         raise PlanError(
             f"{type(bones).__name__} does not run on an example input of shape "
-            f"{', '.join(map(str, shapes))}: {type(error).__name__}: {error}. "
+            f"{', '.join(map(str, shapes))}: {type(error).__name__}: {str(error).rstrip('.')}. "
             "Pass example_input=… with a shape that the model takes."
         ) from error
     finally:
@@ -149,10 +186,12 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     return seen
 
 
-def to_meta(example_input: ExampleInput) -> tuple[Any, ...]:
-    """The positional arguments of a model, with their tensors on the meta device."""
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; one that has no values yet gets some."""
+    if not tensor.is_meta or device.type == "meta":
+        return tensor.to(device)
+    like = torch.rand_like if tensor.is_floating_point() else torch.zeros_like
+    return like(tensor, device=device)
 
 
 def _watch(bones: nn.Module, seen: Observation) -> list[Callable[[], None]]:

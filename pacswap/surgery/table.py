@@ -1,43 +1,8 @@
-"""A plan as text that fits a terminal."""
+"""Text in columns, and numbers that people can read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from pacswap.surgery.plan import Plan, PlannedGuidance, PlannedKernel, PlannedScope
-
-
-def plan_table(plan: Plan) -> str:
-    """The plan as a newcomer reads it: layers, guidance, kernels, what is rewired, the cost."""
-    size = "×".join(map(str, plan.input_shape[1:]))
-    count = len(plan.layers)
-    many = len(plan.guidances) > 1
-    rows = []
-    for layer in plan.layers:
-        kernel = plan.kernels[layer.kernel]
-        row = [layer.name, layer.conv, "×".join(map(str, kernel.output_size))]
-        row.append(", ".join(plan.guidance_of(layer).sources))
-        rows.append(row)
-    lines = [
-        f"{plan.model}, input {size}: {count} convolution{'s' if count > 1 else ''} "
-        f"become{'' if count > 1 else 's'} pixel-adaptive",
-        "",
-        *columns(["layer", "convolution", "output", "guided by"], rows),
-        "",
-    ]
-    for index, guidance in enumerate(plan.guidances):
-        kernels = [kernel for kernel in plan.kernels if kernel.guidance == index]
-        title = f"guidance {index + 1}" if many else "guidance"
-        lines.append(f"  {title:<12}{_guidance_in_words(guidance)}")
-        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels)}")
-    lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
-    cost = plan.cost
-    lines += [
-        f"  {'parameters':<12}{_plus(cost.parameters, cost.added_parameters)}",
-        f"  {'MACs':<12}{_plus(cost.macs, cost.added_macs)}",
-        f"  {'memory':<12}+ {quantity(cost.added_bytes, 'B')} of activations for one image",
-    ]
-    return "\n".join(lines)
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -62,43 +27,12 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
-def _plus(before: int, added: int) -> str:
+def plus(before: int, added: int) -> str:
+    """What there was and what is added, with its share.
+
+    >>> plus(33_000_000, 4_100)
+    '33 M + 4.1 k (0.012 %)'
+    """
     share = 100 * added / before if before else 0.0
     shown = f"{share:.2g} %" if share >= 0.01 else "under 0.01 %"
     return f"{quantity(before)} + {quantity(added)} ({shown})"
-
-
-def _guidance_in_words(guidance: PlannedGuidance) -> str:
-    parts = []
-    for name, shape in zip(guidance.sources, guidance.shapes, strict=True):
-        if shape is None:
-            parts.append(f"{name}, the keyword argument guidance=")
-        else:
-            parts.append(f"{name}, {shape[1]} channels at {shape[2]}×{shape[3]}")
-    text = " and ".join(parts)
-    if guidance.spec.source == "input+position":
-        text += ", with the position of each pixel"
-    if guidance.spec.channels is not None:
-        text += f" → {guidance.spec.channels} (learned 1×1 projection)"
-    if guidance.spec.detach:
-        text += ", no gradient"
-    return text
-
-
-def _kernel_in_words(kernels: Sequence[PlannedKernel]) -> str:
-    spec = kernels[0].spec
-    words: list[str] = [spec.form]
-    if spec.normalize != "none":
-        words.append(f"normalised by the {spec.normalize}")
-    start = "0 (starts as the plain convolution)" if spec.blend == 0 else f"{spec.blend:g}"
-    words.append(f"blend {start}")
-    words.append(f"bandwidth {spec.bandwidth}")
-    count = len(kernels)
-    shared = f"; {count} kernels computed, each once" if count > 1 else "; computed once"
-    return ", ".join(words) + shared
-
-
-def _scope_in_words(scope: PlannedScope) -> str:
-    where = f"{scope.module}.{scope.method}" if scope.module else scope.method
-    graphs = "" if scope.evaluate is None else ", one graph for train and one for eval mode"
-    return f"{where} ({scope.kind}){graphs}; all around it keeps its own code"

@@ -8,18 +8,21 @@ survive. A module that must be entered and cannot be traced stays a node too, wi
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from pacswap.errors import GuidanceError
+from pacswap.surgery.runtime import only_default
 
 LABEL = "pacswap_label"
+INPUT_SIZE = "pacswap_input_size"
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Trace:
         labels: every node that makes a value, by its label: a module's name, or its surrounding
             module's name and the operation's, with `_1`, `_2`, … for repetitions.
         hidden: entered modules that could not be traced, with the reason.
+        entered: the modules that dissolved into the graph, by name.
     """
 
     graph: fx.Graph
@@ -40,10 +44,45 @@ class Trace:
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     labels: dict[str, Node] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
+    entered: list[str] = field(default_factory=list)
 
 
 class TraceFailure(Exception):
     """The traced method itself cannot be traced; holds the reason. Never leaves `surgery`."""
+
+
+def trace_modes(
+    root: nn.Module, method: str, enter: Iterable[str], set_mode: Callable[[bool], Any]
+) -> tuple[Trace, Trace | None]:
+    """The graph of train mode, and that of eval mode unless one serves both.
+
+    One is traced as if autocast were on, the other as if it were off: a part that switches it to
+    either is noticed in one of them.
+
+    Args:
+        root: a skeleton.
+        method: as in `trace_method`, like the next.
+        enter: names, relative to `root`.
+        set_mode: sets the mode of the whole skeleton, train or eval.
+
+    Raises:
+        TraceFailure: as in `trace_method`.
+    """
+    devices = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(device) for device in devices]
+    traces = []
+    try:
+        for training in (True, False):
+            set_mode(training)
+            for device in devices:
+                torch.set_autocast_enabled(device, training)
+            traces.append(trace_method(root, method, enter))
+    finally:
+        set_mode(False)
+        for device, enabled in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+    train, evaluate = traces
+    return train, None if merge_modes(train, evaluate) else evaluate
 
 
 def trace_method(root: nn.Module, method: str, enter: Iterable[str]) -> Trace:
@@ -68,22 +107,26 @@ def trace_method(root: nn.Module, method: str, enter: Iterable[str]) -> Trace:
     graph._tracer_cls = None
     trace = tracer.found
     trace.graph = graph
+    below = tuple(f"{name}." for name in trace.hidden)
+    trace.entered = [n for n in trace.outputs if n in tracer.enter and not n.startswith(below)]
     _label(trace)
     return trace
 
 
-def only_default(value: Any, default: Any, name: str) -> None:
-    """Refuse another value than the default that the graph was traced with (called by the graph).
+class _Proxy(fx.Proxy):
+    """A proxy that keeps `x += y` in place; fx makes it `x = x + y`, unseen by x's other names."""
 
-    Raises:
-        GuidanceError: `value` is not `default`.
-    """
-    if value is not default and (isinstance(value, Tensor) or value != default):
-        raise GuidanceError(
-            f"the upgraded network runs with {name}={default!r} only, got {name}={value!r}: its "
-            "graph was traced with that default. Leave the argument out, or "
-            "pacswap.revert the model first."
-        )
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def assign(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return assign
+
+
+_ASSIGNMENTS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior")
+for _name in _ASSIGNMENTS:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -92,6 +135,7 @@ class _Tracer(fx.Tracer):
         self.enter = enter
         self.found = Trace(fx.Graph())
         self.proxies: dict[str, fx.Proxy] = {}
+        self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.enter
@@ -119,6 +163,16 @@ class _Tracer(fx.Tracer):
             self.found.calls.setdefault(name, []).append(output.node)
         self.found.outputs.setdefault(name, []).append(output)
         return output
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _context() != self.context:
+            raise TraceFailure(
+                "part of it runs under torch.no_grad, autocast or the like, which a graph drops"
+            )
+        return super().create_node(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         self.proxies = parameter_proxy_cache
@@ -263,7 +317,8 @@ def _label(trace: Trace) -> None:
 
 
 def _function_name(function: Any) -> str:
-    return str(getattr(function, "__name__", function)).strip("_")
+    name = str(getattr(function, "__name__", function)).strip("_")
+    return name[1:] if name in _ASSIGNMENTS else name
 
 
 def _node_of(value: Any) -> Node | None:
@@ -281,6 +336,12 @@ def _reason(error: BaseException) -> str:
     if "control flow" in first:
         return "its forward branches on the data or the size of its input"
     return f"{type(error).__name__}: {first}"
+
+
+def _context() -> tuple[bool, ...]:
+    """What `with` statements change without leaving a node in a graph."""
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _notrace_functions() -> Iterator[Callable[..., Any]]:

@@ -198,7 +198,7 @@ def _gradients(
     nudged = _open_zero_scales(twin)
     layers = pac_layers(twin)
     added = plan.added_parameters()
-    parameters = dict(twin.named_parameters())
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
     for name in added:
         parameters[name].requires_grad_(True)
     _backward(twin, args, extra)
@@ -206,7 +206,7 @@ def _gradients(
     dead = [name for name, grad in own.items() if not _alive(grad)]
     note = f" ({nudged} zero-initialised scales opened)" if nudged else ""
     checks = [Check(2, "every swapped layer learns", not dead, _how_many(dead, len(own)) + note)]
-    _step([parameters[name] for name in added])
+    _step(list({id(parameters[name]): parameters[name] for name in added}.values()))
     twin.zero_grad()
     _backward(twin, args, extra)
     still = [name for name in added if not _alive(parameters[name].grad)]

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacswap.errors import quoted
+from pacswap.errors import GuidanceError, quoted
 from pacswap.nn import why_not_project
 from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.scope import IMAGE_SOURCES, no_such_source
 from pacswap.surgery.skeleton import Observation
 from pacswap.surgery.spec import GuidanceSpec
-from pacswap.surgery.trace import LABEL, Trace
+from pacswap.surgery.trace import INPUT_SIZE, LABEL, Trace
+
+_TAKEN = (
+    "'external' would give forward a keyword argument 'guidance', and it has one of that name "
+    "already. Rename that one, or feed the features through a layer of the model."
+)
 
 
 @dataclass
@@ -73,40 +83,89 @@ class Located:
 def probe_scope(
     scope: PlannedScope, bones: nn.Module, seen: Observation
 ) -> tuple[Probe, str | None]:
-    """Run a scope's graphs on the arguments that its method was seen with.
+    """Run a scope's method and its graphs on the arguments that it was seen with.
 
     Returns:
-        The probe, and what is wrong if a graph does not do what the method did.
+        The probe, and what is wrong if a graph does not do what the method does.
     """
     probe = Probe(scope)
     module = bones.get_submodule(scope.module)
-    entry = (scope.module, scope.method)
-    args, kwargs = seen.arguments[entry]
-    expected = seen.outputs[entry]
     where = f"'{scope.module}'" if scope.module else "the model"
-    for trace, training in zip(scope.traces, (True, False), strict=False):
+    for training in (True, False):
+        trace = scope.train if training or scope.evaluate is None else scope.evaluate
+        assert trace is not None
+        args, kwargs = seen.arguments[scope.module, scope.method]
         runner = _ShapeRunner(module, trace.graph)
         bones.train(training)
+        doing = f"{where} does not run"
         try:
-            with torch.no_grad():
-                output = runner.run(*_bound(trace, args, kwargs))
+            theirs = _recorded(getattr(module, scope.method), *args, **kwargs)
+            doing = f"the trace of {where} does not run"
+            ours = _recorded(runner.run, *_bound(trace, args, kwargs))
+        except GuidanceError as error:
+            return probe, f"the example input cannot be traced: {str(error).splitlines()[0]}"
         except Exception as error:  # the model's own code
-            return probe, (
-                f"the trace of {where} does not run: {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}."
-            )
+            reason = (str(error).splitlines() or [""])[0].removesuffix(".")
+            return probe, f"{doing} in {_mode(training)} mode: {type(error).__name__}: {reason}."
         finally:
             bones.eval()
-        probe.shapes.append(runner.shapes)
+        fault = _why_not_same(ours, theirs)
+        if fault is not None:
+            return probe, f"the trace of {where} {fault}"
+        if training or scope.evaluate is not None:
+            probe.shapes.append(runner.shapes)
         probe.overwritten |= runner.overwritten()
-        is_eval_graph = scope.evaluate is None or not training
-        if is_eval_graph and _structure(output) != _structure(expected):
-            return probe, (
-                f"the trace of {where} returns {_structure(output)} where the model returns "
-                f"{_structure(expected)}: it does something that a trace cannot see, such as "
-                "collecting features by hooks."
-            )
+        _note_input_sizes(trace, runner.shapes)
     return probe, None
+
+
+class _Operations(TorchDispatchMode):
+    """Notes every operation with the shape of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation and note it."""
+        output = func(*args, **(kwargs or {}))
+        self.done.append(f"{func._overloadpacket.__name__} → {_structure(output)}")
+        return output
+
+
+def _recorded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """What a call returns, and the operations that it did."""
+    copies = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    with torch.no_grad(), _Operations() as operations:
+        return run(*copies[0], **copies[1]), operations.done
+
+
+def _why_not_same(ours: tuple[Any, list[str]], theirs: tuple[Any, list[str]]) -> str | None:
+    """Why a graph (ours) does not do what the method (theirs) does, or None."""
+    if _structure(ours[0]) != _structure(theirs[0]):
+        return (
+            f"returns {_structure(ours[0])} where the model returns {_structure(theirs[0])}: it "
+            "does something that a trace cannot see, such as collecting features by hooks."
+        )
+    for one, other in zip_longest(ours[1], theirs[1], fillvalue="nothing"):
+        if one != other:
+            return (
+                f"does '{one}' where the model does '{other}': it depends on what a trace cannot "
+                "see, such as the type of an argument, a random number or a cache."
+            )
+    return None
+
+
+def _note_input_sizes(trace: Trace, shapes: dict[Node, tuple[int, ...]]) -> None:
+    for node in trace.graph.nodes:
+        if node.op == "call_module" and node.all_input_nodes:
+            node.meta[INPUT_SIZE] = shapes.get(node.all_input_nodes[0], ())[-2:]
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"
 
 
 def source_node(trace: Trace, scope: PlannedScope, source: str) -> Node | None:
@@ -164,13 +223,16 @@ def why_not_fed(
         rank = {node: index for index, node in enumerate(trace.graph.nodes)}
         for source in source_names(scope, spec):
             if source == "external":
+                if any(n.op == "placeholder" and n.target == "guidance" for n in rank):
+                    faults.append(("guidance", _TAKEN))
                 continue
             node = source_node(trace, scope, source)
             if node is None:
                 faults.append(("guidance", _missing(trace, scope, source, seen)))
                 continue
             if len(trace.outputs.get(scope.local(source), [])) > 1:
-                labels = [n for n in trace.labels if n.startswith(scope.local(source))]
+                values = trace.outputs[scope.local(source)]
+                labels = [v.node.meta[LABEL] for v in values if isinstance(v, fx.Proxy)]
                 faults.append(("guidance", _ambiguous(scope, source, labels)))
                 continue
             for layer in layers:
@@ -190,6 +252,11 @@ class _ShapeRunner(fx.Interpreter):
         self.shapes: dict[Node, tuple[int, ...]] = {}
         self.versions: dict[Node, tuple[Tensor, int]] = {}
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Plain lists and dictionaries, as the generated code makes them; fx keeps its own."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(tuple(args)), {key: _thawed(value) for key, value in kwargs.items()}
+
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
@@ -199,6 +266,14 @@ class _ShapeRunner(fx.Interpreter):
 
     def overwritten(self) -> set[Node]:
         return {n for n, (tensor, version) in self.versions.items() if tensor._version != version}
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, immutable_list):
+        return [_thawed(item) for item in value]
+    if isinstance(value, immutable_dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    return tuple(map(_thawed, value)) if type(value) is tuple else value
 
 
 def _bound(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -1,11 +1,12 @@
 """Building models by name; the only importer of timm and torchvision.models."""
 
-from pacswap.zoo.build import Source, build, input_size, model_names, normalization
+from pacswap.zoo.build import Source, bare, build, input_size, model_names, normalization
 from pacswap.zoo.identify import identify
 from pacswap.zoo.weights import load_weights_file, read_state_dict
 
 __all__ = [
     "Source",
+    "bare",
     "build",
     "identify",
     "input_size",

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pacswap import scenes
-from pacswap.errors import ModelError, WeightsError, nearest_hint, quoted
+from pacswap.errors import ModelError, PacswapError, WeightsError, nearest_hint, quoted
 from pacswap.shipped import shipped_folder
 from pacswap.zoo.weights import load_weights_file
 
 SOURCE = "_pacswap_source"
 LIBRARIES = ("timm", "torchvision", "python", "pacswap")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+# No network, no such file on the server, or a download that was cut short.
+_FETCH_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    HTTPException,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,20 +70,30 @@ def build(
 
     Raises:
         ModelError: the library, the name or the arguments are wrong, or the code is not trusted.
-        WeightsError: the weights cannot be had, or don't fit.
+        WeightsError: the weights are unknown, cannot be had, or don't fit.
     """
     factory = _factory(source, trust_python)
     weights = source.weights
     if meta:
-        model = _on_meta(factory, source)
+        model = _on_meta(factory, bare(source))
     elif weights is not None and weights.endswith(FILE_SUFFIXES):
         model = _made(factory, source, None)
         load_weights_file(model, (folder or Path()) / weights)
     else:
         model = _made(factory, source, weights)
     # What was built says by what, so that it can be saved without asking.
-    vars(model)[SOURCE] = replace(source, weights=None)
+    vars(model)[SOURCE] = bare(source)
     return model
+
+
+def bare(source: Source) -> Source:
+    """The source without anything to download; it builds a network of the same structure."""
+    name, args, tag = source.name, dict(source.args), _tag(source)
+    if source.library == "torchvision":
+        args.pop("weights_backbone", None)
+    if source.library == "timm" and tag not in (None, "DEFAULT"):
+        name = f"{name.partition('.')[0]}.{tag}"  # the tag also says how images are normalised
+    return replace(source, name=name, weights=None, args=args)
 
 
 def model_names(library: str | None = None) -> dict[str, list[str]]:
@@ -101,7 +123,7 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     return scenes.MEAN, scenes.STD
 
 
-Factory = Callable[[str | None], nn.Module]
+Factory = Callable[[str | None, dict[str, Any]], nn.Module]
 
 
 def _factory(source: Source, trust_python: bool) -> Factory:
@@ -119,14 +141,22 @@ def _factory(source: Source, trust_python: bool) -> Factory:
     return makers[source.library](source)
 
 
+def _tag(source: Source) -> str | None:
+    """The weights that a source asks of its library; None for random ones and for a file."""
+    weights = source.weights
+    return None if weights is None or weights.endswith(FILE_SUFFIXES) else weights
+
+
 def _made(factory: Factory, source: Source, weights: str | None) -> nn.Module:
-    """Call a factory; its own complaints about arguments become a ModelError."""
+    """Call a factory; its own complaints become a ModelError."""
     try:
-        model = factory(weights)
-    except (TypeError, ValueError, KeyError, AssertionError, AttributeError) as error:
+        model = factory(weights, dict(source.args))
+    except PacswapError:
+        raise
+    except Exception as error:  # the library's or the user's own code: anything can come of it
         raise ModelError(
             f"cannot build {source.library} model '{source.name}' with args {dict(source.args)}: "
-            f"{type(error).__name__}: {error}. Mend model.args."
+            f"{_in_words(error)}. Mend model.args."
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -139,7 +169,7 @@ def _on_meta(factory: Factory, source: Source) -> nn.Module:
     try:
         with torch.device("meta"):
             return _made(factory, source, None)
-    except (RuntimeError, NotImplementedError):
+    except ModelError:
         # Some constructors compute with tensors (torchvision's RegNets): those are built for real.
         return _made(factory, source, None)
 
@@ -150,22 +180,22 @@ def _timm_factory(source: Source) -> Factory:
     if not timm.is_model(name):
         raise ModelError(_unknown_model(source, timm.list_models()))
     _reject_args(source, ("pretrained", "checkpoint_path", "pretrained_cfg"))
+    pretrained = [k.partition(".")[2] for k in timm.list_pretrained(f"{name}.*")]
+    wanted = _tag(source)
+    if wanted is not None and not pretrained:
+        raise WeightsError(_no_weights(source))
+    tag = tag if wanted in (None, "DEFAULT") else wanted
+    known = pretrained
+    if wanted is None:
+        known = [k.partition(".")[2] for k in timm.list_models(f"{name}.*", include_tags=True)]
+    if tag and tag not in known:
+        raise WeightsError(_unknown_tag(source, tag, known))
 
-    def make(weights: str | None) -> nn.Module:
-        full = name if weights is None or (weights == "DEFAULT" and not tag) else ""
-        full = full or f"{name}.{tag if weights == 'DEFAULT' else weights}"
-        known = [k.partition(".")[2] for k in timm.list_pretrained(f"{name}.*")]
-        if weights is not None and not known:
-            raise WeightsError(
-                f"timm has no weights for '{name}'. Set weights to a file, or to null for "
-                "random ones."
-            )
-        wanted = full.partition(".")[2]
-        if wanted and wanted not in known:
-            raise WeightsError(_unknown_tag(source, wanted, known))
+    def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
+        full = f"{name}.{tag}" if tag else name
         try:
-            return timm.create_model(full, pretrained=weights is not None, **source.args)
-        except (OSError, RuntimeError) as error:
+            return timm.create_model(full, pretrained=weights is not None, **args)
+        except _FETCH_ERRORS as error:
             if weights is None:
                 raise
             raise WeightsError(_cannot_fetch(source, weights, error)) from error
@@ -180,29 +210,25 @@ def _torchvision_factory(source: Source) -> Factory:
         raise ModelError(_unknown_model(source, known))
     _reject_args(source, ("weights", "pretrained"))
     signature = inspect.signature(models.get_model_builder(source.name))
+    tags = models.get_model_weights(source.name)
+    wanted = _tag(source)
+    if wanted is not None and len(tags) == 0:
+        raise WeightsError(_no_weights(source))
+    if wanted is not None and wanted not in tags.__members__:
+        raise WeightsError(_unknown_tag(source, wanted, list(tags.__members__)))
 
-    def make(weights: str | None) -> nn.Module:
-        args = dict(source.args)
+    def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
         if "weights_backbone" in signature.parameters:
             # torchvision would download a backbone although no weights were asked for.
             args.setdefault("weights_backbone", None)
-        entry = None
-        if weights is not None:
-            tags = models.get_model_weights(source.name)
-            if len(tags) == 0:
-                raise WeightsError(
-                    f"torchvision has no weights for '{source.name}'. Set weights to a file, or to "
-                    "null for random ones."
-                )
-            if weights != "DEFAULT" and weights not in tags.__members__:
-                raise WeightsError(_unknown_tag(source, weights, [*tags.__members__, "DEFAULT"]))
-            entry = tags[weights]
+        entry = None if weights is None else tags[weights]
         try:
             return models.get_model(source.name, weights=entry, **args)
-        except (OSError, RuntimeError) as error:
-            if weights is None and args.get("weights_backbone") is None:
+        except _FETCH_ERRORS as error:
+            asked = weights or args.get("weights_backbone")
+            if asked is None:
                 raise
-            raise WeightsError(_cannot_fetch(source, str(weights), error)) from error
+            raise WeightsError(_cannot_fetch(source, str(asked), error)) from error
 
     return make
 
@@ -217,12 +243,13 @@ def _demonstration_factory(source: Source) -> Factory:
     known = _demonstrations()
     if source.name not in known:
         raise ModelError(_unknown_model(source, sorted(known)))
+    wanted = _tag(source)
+    if wanted not in (None, "DEFAULT"):
+        raise WeightsError(_unknown_tag(source, str(wanted), ["DEFAULT"]))
 
-    def make(weights: str | None) -> nn.Module:
-        model = known[source.name](**source.args)
+    def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
+        model = known[source.name](**args)
         if weights is not None:
-            if weights != "DEFAULT":
-                raise WeightsError(_unknown_tag(source, weights, ["DEFAULT"]))
             load_weights_file(model, shipped_folder() / "quickstart.safetensors")
         return model
 
@@ -236,22 +263,19 @@ def _python_factory(source: Source, trust_python: bool) -> Factory:
             f"library 'python' runs the code of '{source.name}'. If you trust it, say so: "
             "--trust-python on the command line, trust_python=True in Python."
         )
+    wanted = _tag(source)
+    if wanted not in (None, "DEFAULT"):
+        raise WeightsError(
+            f"a python factory has no weights by tag, got '{wanted}'. Set weights to a file, "
+            "to DEFAULT (whatever the factory loads) or to null."
+        )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
+    except Exception as error:  # the user's own code: anything can come of it
         raise ModelError(
-            f"cannot import '{source.name}': {error}. Name it package.module:factory."
+            f"cannot import '{source.name}': {_in_words(error)}. Name it package.module:factory."
         ) from error
-
-    def make(weights: str | None) -> nn.Module:
-        if weights not in (None, "DEFAULT"):
-            raise WeightsError(
-                f"a python factory has no weights by tag, got '{weights}'. Set weights to a file, "
-                "to DEFAULT (whatever the factory loads) or to null."
-            )
-        return factory(**source.args)
-
-    return make
+    return lambda weights, args: factory(**args)
 
 
 def _reject_args(source: Source, names: tuple[str, ...]) -> None:
@@ -264,10 +288,18 @@ def _reject_args(source: Source, names: tuple[str, ...]) -> None:
 
 
 def _unknown_model(source: Source, known: list[str]) -> str:
-    name = source.name.partition(".")[0]
+    sentences = [
+        f"{source.library} has no model '{source.name}'.",
+        nearest_hint(source.name.partition(".")[0], known),
+        f"List them: pacswap ls models {source.library}",
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _no_weights(source: Source) -> str:
     return (
-        f"{source.library} has no model '{source.name}'. {nearest_hint(name, known)} "
-        f"List them: pacswap ls models {source.library}"
+        f"{source.library} has no weights for '{source.name}'. Set weights to a file, or to null "
+        "for random ones."
     )
 
 
@@ -279,9 +311,13 @@ def _unknown_tag(source: Source, tag: str, known: list[str]) -> str:
 
 
 def _cannot_fetch(source: Source, weights: str, error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
     return (
         f"cannot get weights '{weights}' of {source.library} model '{source.name}': "
-        f"{type(error).__name__}: {first} Check the network, or put the file on this machine and "
+        f"{_in_words(error)}. Check the network, or put the file on this machine and "
         "set model.weights to its path, or to null for random weights."
     )
+
+
+def _in_words(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0].removesuffix(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

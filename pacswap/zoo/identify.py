@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from pacswap.errors import ModelError
+from pacswap.errors import PacswapError
 from pacswap.zoo.build import SOURCE, Source, build
 
 
 def identify(model: nn.Module) -> Source | None:
     """The library, name and arguments that build a network of exactly this structure, or None.
 
-    A guess is made from what the model says of itself (timm's configuration, torchvision's class)
-    and kept only if the network built from it has the same modules with the same options.
+    A guess is made from what the model says of itself (by what it was built, timm's configuration,
+    torchvision's class) and kept only if the network built from it has the same modules with the
+    same options.
 
     Args:
         model: a plain network, not an upgraded one.
     """
-    if SOURCE in vars(model):
-        return vars(model)[SOURCE]
-    structure = repr(model)
-    for source in _candidates(model):
+    built_by = vars(model).get(SOURCE)
+    for source in (*filter(None, [built_by]), *_candidates(model)):
         try:
-            twin = build(source, meta=True)
-        except ModelError:
+            # Built again, because the model may have changed since; it was trusted then.
+            twin = build(source, meta=True, trust_python=source is built_by)
+        except PacswapError:
             continue
-        if repr(twin) == structure and _shapes(twin) == _shapes(model):
+        if _structure(twin) == _structure(model):
             return source
     return None
 
@@ -50,9 +50,11 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
 
 def _timm_candidates(model: nn.Module) -> Iterator[Source]:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    name = config.get("architecture") if isinstance(config, Mapping) else None
-    if not name:
+    if not isinstance(config, Mapping) or not config.get("architecture"):
         return
+    name = config["architecture"]
+    if config.get("tag"):
+        name = f"{name}.{config['tag']}"  # it says how images are normalised
     classes = getattr(model, "num_classes", None)
     guesses: list[dict[str, Any]] = [{}]
     if classes is not None:
@@ -95,5 +97,7 @@ def _classes(model: nn.Module) -> int | None:
     return None
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def _structure(model: nn.Module) -> tuple[str, list[str], dict[str, torch.Size]]:
+    """Modules and options, which modules are one and the same, and the tensors' shapes."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return repr(model), [name for name, _ in model.named_modules()], shapes

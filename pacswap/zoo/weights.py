@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"'{path}' holds more than tensors, and reading that would run code from the file: "
-            f"{_first_sentence(error)} Refused. Save the weights alone: "
-            "safetensors.torch.save_file(model.state_dict(), …)."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about the pickle's protocol
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file: anything can come of it
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
+            raise WeightsError(
+                f"'{path}' holds more than tensors ({code[1]}), and reading that would run code "
+                "from the file. Refused. Save the weights alone: "
+                "safetensors.torch.save_file(model.state_dict(), …)."
+            ) from error
         raise WeightsError(
             f"'{path}' is not a readable PyTorch file: {_first_sentence(error)} It may be "
             "truncated; copy or download it again."
@@ -103,7 +108,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state dict inside the containers that training scripts write."""
-    for name in _CONTAINERS:
+    for name in _CONTAINERS * 2:  # one may lie in another
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
@@ -123,5 +128,7 @@ def _some(names: list[str]) -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text if text.endswith(".") else f"{text}."
+    if isinstance(error, pickle.UnpicklingError):  # torch's words advise to read it unsafely
+        return "its pickle is not one of tensors."
+    text = (str(error).strip().splitlines() or [""])[0].removesuffix(".")
+    return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."

@@ -1,0 +1,113 @@
+"""What rewritten graphs call: whether all is as the trace took it, and kernels that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pacswap.errors import GuidanceError
+from pacswap.nn import resize_guidance
+from pacswap.surgery.spec import Resize
+
+
+def only_default(value: Any, default: Any, name: str) -> None:
+    """Refuse another value than the default that the graph was traced with.
+
+    Raises:
+        GuidanceError: `value` is not `default`.
+    """
+    if value is not default and (isinstance(value, Tensor) or value != default):
+        shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise GuidanceError(
+            f"the upgraded network runs with {name}={default!r} only, got {name}={shown}: its "
+            "graph was traced with that default. Leave the argument out, or pacswap.revert the "
+            "model first."
+        )
+
+
+def required_guidance(guidance: Any, enabled: bool) -> Any:
+    """Refuse a call without the external guidance, unless `pacswap.disabled` has no use for one.
+
+    Raises:
+        GuidanceError: it is None.
+    """
+    if guidance is None and enabled:
+        raise GuidanceError(
+            "this network was upgraded with an external guidance and was called without one. "
+            "Call it as model(input, guidance=features)."
+        )
+    return guidance
+
+
+def not_checkpointed(flags: tuple[bool, ...]) -> None:
+    """Refuse gradient checkpointing, which a graph would drop in silence.
+
+    Raises:
+        GuidanceError: a flag is set.
+    """
+    if any(flags):
+        raise GuidanceError(
+            "gradient checkpointing was turned on after the swap, and the rewritten graph does not "
+            "recompute. Call set_grad_checkpointing(False)."
+        )
+
+
+def same_mode(training: bool, modes: dict[str, bool]) -> None:
+    """Refuse a part of the network in another mode than the whole, for which there is no graph.
+
+    Raises:
+        GuidanceError: the mode of a part differs.
+    """
+    for name, mode in modes.items():
+        if mode != training:
+            raise GuidanceError(
+                f"'{name}' is in {_mode(mode)} mode inside a network in {_mode(training)} mode. "
+                "This network runs other operations in train mode than in eval mode, and has one "
+                "graph for each. Set both to the same mode; normalisation layers may keep theirs."
+            )
+
+
+def fitting_features(resized: Tensor | None, features: Tensor, like: Tensor, resize: Resize) -> Any:
+    """The features as they were resized for another layer, or anew for one of another resolution.
+
+    Layers share features and kernels because their resolutions agree at the example input; at other
+    image sizes two ways of rounding may part them.
+
+    Args:
+        resized: [B, D, H, W], or None where guidance is disabled.
+        features: the guidance before it was resized.
+        like: the layer's input, [B, C, H', W'].
+        resize: how features are resized.
+    """
+    if resized is None or resized.shape[-2:] == like.shape[-2:]:
+        return resized
+    return resize_guidance(features, like, resize)
+
+
+def fitting_kernel(
+    kernel: Tensor | None,
+    resized: Tensor | None,
+    features: Tensor,
+    like: Tensor,
+    resize: Resize,
+    make: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """The kernel as it was made for another layer, or anew for one of another resolution.
+
+    Args:
+        kernel: K, [B, 1, KH*KW, H_out, W_out], or None where guidance is disabled.
+        resized: the features that it was made from; as in `fitting_features`, like the next three.
+        features: the guidance.
+        like: the layer's input.
+        resize: how features are resized.
+        make: from resized features to a kernel.
+    """
+    if resized is None or resized.shape[-2:] == like.shape[-2:]:
+        return kernel
+    return make(resize_guidance(features, like, resize))
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"

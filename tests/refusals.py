@@ -1,0 +1,137 @@
+"""Wrong requests: how they are stated and checked, and tiny networks that no graph replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Body, Packed, Wrapped, doubled
+from same import Untouched
+from torch import Tensor, nn
+
+from pacswap.errors import PlanError
+
+IMAGES = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A request and what is said to it."""
+
+    message: str
+    make: Callable[[], nn.Module] = Body
+    layers: Any = "target"
+    guidance: Any = "stem"
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def assert_refused(wrong: Wrong, door: Callable[..., Any]) -> None:
+    """`door` (plan or swap) says the message, and leaves the model as it was."""
+    model = wrong.make()
+    before = Untouched(model)
+    options = {"example_input": IMAGES} | wrong.more
+    with pytest.raises(PlanError) as caught:
+        door(model, wrong.layers, wrong.guidance, **options)
+    before.check()
+    assert str(caught.value) == wrong.message
+
+
+def changed(change: Callable[[Body], Any], model: type[Body] = Body) -> Callable[[], Body]:
+    def make() -> Body:
+        made = model()
+        change(made)
+        return made
+
+    return make
+
+
+class NoGrad(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.norm(self.stem(x))
+        return self.target(x)
+
+
+class Island(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = self.stem(x.float())
+        return self.target(self.norm(x))
+
+
+class Kind(Body):
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            x = x * 2
+        return super().forward(x)
+
+
+class Warming(Body):
+    """Does something else from its fourth call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x + 1 if self.calls > 3 else x)
+
+
+class Constant(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.tensor(0.5))
+
+
+class Collector(Body):
+    """Returns what hooks collected, as timm's FeatureHookNet does."""
+
+    def forward(self, x: Tensor) -> Any:
+        found: list[Tensor] = []
+        handle = self.stem.register_forward_hook(lambda *args: found.append(args[2]))
+        super().forward(x)
+        handle.remove()
+        return found
+
+
+class Guided(Body):
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Uncopiable(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = (i for i in range(3))
+
+
+class Functional(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.stem(x), self.target.weight)
+
+
+class Branch(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 or x.shape[-1] > 2 else x
+
+
+class AfterPair(nn.Module):
+    """A tuple comes before the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Packed("tuple")
+        self.target = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.target(self.pair(x)[0])
+
+
+def hooked_block() -> nn.Module:
+    model = Wrapped(Body())
+    model.inner.register_forward_hook(doubled)
+    return model
