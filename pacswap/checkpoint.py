@@ -18,7 +18,7 @@ from pacswap.errors import CheckpointError, PacswapError, quoted
 from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
 from pacswap.surgery.skeleton import skeleton
-from pacswap.zoo import Source, bare, build, identify
+from pacswap.zoo import Source, bare, build, identify, why_not_twin
 from pacswap.zoo.weights import why_not_fit
 
 WEIGHTS = "model.safetensors"
@@ -90,6 +90,12 @@ def load(
         ModelError: the network cannot be built.
     """
     folder = Path(folder)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"device {device!r} is unknown. Use 'cpu', 'cuda' or 'mps'."
+        ) from error
     missing = [name for name in (RECIPE, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -294,14 +300,17 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 def _checked(given: Source | Mapping[str, Any], plain: nn.Module) -> Source:
     """A source that the user gave, if it builds this network."""
     try:
-        source = bare(given if isinstance(given, Source) else Source(**given))
+        source = given if isinstance(given, Source) else Source(**given)
     except TypeError as error:
         raise CheckpointError(f"source: expected library, name and args, got {given!r}.") from error
-    faults = why_not_fit(build(source, meta=True, trust_python=True), plain.state_dict())
-    if faults:
+    if not isinstance(source.name, str) or not isinstance(source.args, Mapping):
+        raise CheckpointError(f"source: expected a name and a mapping of args, got {given!r}.")
+    source = bare(source)
+    difference = why_not_twin(build(source, meta=True, trust_python=True), plain)
+    if difference is not None:
         raise CheckpointError(
-            f"source builds another network than this {type(plain).__name__}: {'; '.join(faults)}. "
-            "Mend its name or args (num_classes?)."
+            f"source builds another network than this {type(plain).__name__}: {difference}. Mend "
+            "its name or args (num_classes?)."
         )
     return source
 

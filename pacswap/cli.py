@@ -145,7 +145,7 @@ def validate(
 @app.command()
 def cp(
     recipe: RecipeName,
-    file: Annotated[Path, typer.Argument(help="The new file, or a folder.")],
+    file: Annotated[str, typer.Argument(help="The new file, or a folder.")],
     as_json: AsJson = False,
 ) -> None:
     """Copy a shipped recipe, to change it."""

@@ -136,7 +136,12 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def measure_latency(
-    original: nn.Module, upgraded: nn.Module, example: Tensor, *, seconds: float = 4.0
+    original: nn.Module,
+    upgraded: nn.Module,
+    example: Tensor,
+    *,
+    guidance: Tensor | None = None,
+    seconds: float = 4.0,
 ) -> Latency:
     """Time both models in turns, A B A B …, in eval mode without gradients.
 
@@ -144,18 +149,21 @@ def measure_latency(
         original: before the swap.
         upgraded: after it.
         example: the input, [B, C, H, W].
+        guidance: an external guidance, if the model was upgraded with one.
         seconds: how long to measure, roughly; at least three pairs.
     """
     device = example.device
     with torch.inference_mode(), kept_modes(original), kept_modes(upgraded):
         original.eval()
         upgraded.eval()
-        _seconds(original, example)
-        _seconds(upgraded, example)
+        given = {} if guidance is None else {"guidance": guidance[: example.shape[0]]}
+        _seconds(original, example, {})
+        _seconds(upgraded, example, given)
         pairs: list[tuple[float, float]] = []
         began = time.perf_counter()
         while len(pairs) < 3 or (time.perf_counter() - began < seconds and len(pairs) < 50):
-            pairs.append((_seconds(original, example), _seconds(upgraded, example)))
+            before = _seconds(original, example, {})
+            pairs.append((before, _seconds(upgraded, example, given)))
     ratios = [after / before for before, after in pairs]
     return Latency(
         statistics.median(before for before, _ in pairs),
@@ -176,9 +184,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _seconds(model: Callable[[Tensor], Any], example: Tensor) -> float:
+def _seconds(model: Callable[..., Any], example: Tensor, given: dict[str, Tensor]) -> float:
     began = time.perf_counter()
-    model(example)
+    model(example, **given)
     if example.device.type == "cuda":
         torch.cuda.synchronize(example.device)
     return time.perf_counter() - began

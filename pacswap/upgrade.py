@@ -99,10 +99,11 @@ def apply(
     images = calibration_images(loaded, original, plan)
     bandwidths = calibrate(upgraded, plan, images)
     progress(STEPS[4])
-    verification = verify(original, upgraded, images[:2])
+    extra = _external_guidance(plan, images)
+    verification = verify(original, upgraded, images[:2], guidance=extra)
     verification.raise_if_failed()
     progress(STEPS[5])
-    latency = measure_latency(original, _adaptive(upgraded), images[:1])
+    latency = measure_latency(original, _adaptive(upgraded), images[:1], guidance=extra)
     report = Report(
         str(loaded.path),
         loaded.recipe.model.name,
@@ -189,7 +190,10 @@ def _built(loaded: LoadedRecipe, trust_python: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         source = source_of(loaded.recipe)
-        return build(source, folder=loaded.path.parent, trust_python=trust_python)
+        # A path typed on the command line starts where the user is, one in the file at the file.
+        typed = loaded.where(("model", "weights")).startswith("override ")
+        folder = Path() if typed else loaded.path.parent
+        return build(source, folder=folder, trust_python=trust_python)
 
 
 def _read_images(
@@ -213,14 +217,20 @@ def _read_images(
                 resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
                 images.append(pil_to_tensor(resized).float() / 255)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            faults.append(
-                f"{where}: calibration.images: '{path}' is not a readable image: {error}"
-            )
+            faults.append(f"{where}: calibration.images: '{path}' is not a readable image: {error}")
     if not paths:
         faults.append(f"{where}: calibration.images: '{given}' has no files.")
     if faults:
         raise RecipeError("\n".join(faults))
     return torch.stack(images if len(images) > 1 else images * 2)
+
+
+def _external_guidance(plan: Plan, images: Tensor) -> Tensor | None:
+    """Random features in place of an external guidance, which a recipe cannot bring along."""
+    if not any("external" in guidance.sources for guidance in plan.guidances):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 8, *images.shape[2:], generator=generator).to(images)
 
 
 def _adaptive(upgraded: nn.Module) -> nn.Module:

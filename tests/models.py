@@ -86,8 +86,6 @@ class CalledAtTwoSizes(Body):
 
 
 class TwoNames(Body):
-    """One convolution, registered twice."""
-
     def __init__(self) -> None:
         super().__init__()
         self.alias = self.target
@@ -97,8 +95,6 @@ class TwoNames(Body):
 
 
 class Tied(Body):
-    """Two convolutions over one weight."""
-
     def __init__(self) -> None:
         super().__init__()
         self.second = nn.Conv2d(4, 4, 3, padding=1)
@@ -109,8 +105,6 @@ class Tied(Body):
 
 
 class Auxiliary(Body):
-    """A second head that rests in eval mode."""
-
     def __init__(self) -> None:
         super().__init__()
         self.auxiliary = nn.Conv2d(4, 2, 3, padding=1)
@@ -137,8 +131,6 @@ PACKS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 class Packed(Body):
-    """Two outputs in a container."""
-
     def __init__(self, pack: str) -> None:
         super().__init__()
         self.pack = pack
@@ -212,9 +204,15 @@ class Detector(nn.Module):
         return [{"scores": self.body(image[None])[0]} for image in images]
 
 
-class Split(Body):
-    """timm's division of `forward`."""
+class Sparse(Body):
+    """As many outputs as the values want: the meta device cannot run it."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.target(self.norm(self.stem(x)))
+        return y[x.mean(1, keepdim=True).expand_as(y) > 0.5]
+
+
+class Split(Body):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 5)
@@ -287,8 +285,6 @@ def shifted(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Standardized(nn.Conv2d):
-    """A subclass that computes something else."""
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 

@@ -81,9 +81,13 @@ def settled(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=8)
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     """A network, which the swap left as it was, and its upgraded twin. Copy before changing one."""
+    return _pair(name, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     original = SWAPS[name].build(dtype)
     before = Untouched(original)
     upgraded = SWAPS[name].swap(original)
@@ -142,6 +146,7 @@ TINY: Mapping[str, Swap] = {
     "branch_in_block": Swap(m.BranchInBlock),
     "branch_at_root": Swap(m.BranchAtRoot, "body.target", "body.stem"),
     "detector": Swap(m.Detector, "body.target", "body.stem", inputs=listed),
+    "sparse": Swap(m.Sparse),
     "split": Swap(m.Split),
     "split_more": Swap(m.SplitMore),
     "sequential": Swap(m.sequential, "3", "0"),

@@ -287,7 +287,7 @@ whole = [contents("A"), contents("B")]
 
 
 def in_a_process(code: str, *before: str) -> list[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [*before, sys.executable, "-c", PREPARE + code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

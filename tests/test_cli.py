@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ swap:
   - layers: head.conv
     guidance: {from: layer1, channels: 4}
 """
-SHIPPED = ", ".join(f"'{name}'" for name in shipped_recipes())
+CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_apply(run):
 def test_apply_without_output_writes_nothing(run):
     code, out, err = run("apply", "r.yaml", "swap[0].guidance.channels=8")
     assert (code, err) == (0, "")
-    assert "24 channels at 24×24 → 8 (learned" in out
+    assert "24 channels at 24×24 → 8 (1×1 projection)" in out
     assert "written" not in out
     assert [path.name for path in Path().iterdir()] == ["r.yaml"]
 
@@ -236,16 +237,27 @@ def test_json_is_plain_text_and_tables_survive_any_locale(monkeypatch):
         assert b"vgg16_hotswap" in raw.getvalue()
 
 
-@pytest.mark.parametrize("name", [[sys.executable, "-m", "pacswap"], ["pacswap"]], ids=["-m", ""])
-def test_in_a_process_of_its_own(name):
-    if name == ["pacswap"]:
-        script = Path(sys.executable).with_name("pacswap")
-        if not script.is_file():
-            pytest.skip(f"pacswap is not installed beside {sys.executable}")
-        name = [str(script)]
-    good = subprocess.run([*name, "plan", "r.yaml", "--json"], capture_output=True, check=False)
-    assert (good.returncode, good.stderr) == (0, b"")
-    assert json.loads(good.stdout)["layers"][0]["name"] == "head.conv"
+SCRIPT = Path(sys.executable).with_name("pacswap")
+
+
+def in_a_process(*command: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, text=True, check=False, **streams)
+
+
+def test_python_m_pacswap():
+    run = in_a_process(sys.executable, "-m", "pacswap", "plan", "r.yaml", "--json", **CAPTURED)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads(run.stdout)["layers"][0]["name"] == "head.conv"
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason=f"pacswap is not installed beside {SCRIPT.parent}")
+def test_the_console_script():
+    run = in_a_process(str(SCRIPT), "plan", "r.yaml", "model.nam=x", **CAPTURED)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        "pacswap: override 'model.nam=x': model.nam: unknown key. Nearest: 'name'.\n"
+    )
 
 
 def test_a_closed_pipe_is_no_error():
@@ -253,8 +265,8 @@ def test_a_closed_pipe_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:  # noqa: PTH123 (a descriptor, not a path)
-        run = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
-    assert (run.returncode, run.stderr) == (1, b"")
+        run = in_a_process(*command, stdout=pipe, stderr=subprocess.PIPE)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 class FullDisk(io.StringIO):

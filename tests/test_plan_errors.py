@@ -313,6 +313,6 @@ def test_faults_say_which_group_and_field_they_belong_to() -> None:
         "pacswap.layers(model).\n"
         "  - group 1 layers: 'target' is claimed by group 0 already. Exclude it from one of them, "
         "or set override: true on this group.\n"
-        "  - group 0 guidance: 'no.stem' is no layer of the model and no node of its trace. Nearest: "
-        "'norm', 'stem'."
+        "  - group 0 guidance: 'no.stem' is no layer of the model and no node of its trace. "
+        "Nearest: 'stem', 'norm'."
     )

@@ -1,4 +1,4 @@
-"""The README does what it says: its commands are CI's, its Python runs, its tables name real things."""
+"""The README does what it says: its commands are those of CI, and its Python runs."""
 
 import re
 from pathlib import Path

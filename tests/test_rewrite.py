@@ -6,7 +6,6 @@ Nothing here uses `pacswap.verify`, which has tests of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,15 +17,6 @@ import pacswap
 
 NAMES = list(SWAPS)
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors on several threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # One network after the other, so that each is built and swapped once.
@@ -195,6 +185,22 @@ def test_a_damaged_checkpoint_is_refused(tiny: str, kind: str) -> None:
     del checkpoint[gone[0]]
     with pytest.raises(RuntimeError, match="Missing key"):
         copy.deepcopy(upgraded).load_state_dict(checkpoint)
+
+
+def as_part(model: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"backbone": copy.deepcopy(model), "head": nn.Linear(2, 2)})
+
+
+def test_an_old_checkpoint_loads_where_the_network_is_a_part() -> None:
+    original, upgraded = (as_part(model) for model in pair("body"))
+    upgraded.load_state_dict(original.state_dict())
+
+
+def test_a_damaged_one_is_refused_there_too() -> None:
+    original, upgraded = (as_part(model) for model in pair("body"))
+    damaged = original.state_dict() | {"backbone.target.blend": torch.zeros(())}
+    with pytest.raises(RuntimeError, match="adapting_kernel"):
+        upgraded.load_state_dict(damaged)
 
 
 # ---- 4. it can be undone

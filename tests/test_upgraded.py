@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -18,14 +18,6 @@ import pacswap
 from pacswap.errors import GuidanceError, PlanError
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resnet() -> tuple[nn.Module, nn.Module]:
@@ -265,6 +257,14 @@ def test_random_layers_draw_as_before() -> None:
         model(*args)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_swapped_without_gradients_learns_all_the_same(mode: Callable[[], Any]) -> None:
+    with mode():
+        upgraded = SWAPS["projected"].swap(SWAPS["projected"].build())
+    backward(upgraded.train(), SWAPS["projected"].arguments())
+    assert upgraded.target.blend.grad.abs() > 0
 
 
 # ---- the adapting kernel is computed once

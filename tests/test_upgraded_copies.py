@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,15 +14,6 @@ from swaps import SWAPS, learned, pair
 from torch import nn
 
 import pacswap
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # ---- copies
 
@@ -100,6 +91,16 @@ def test_channels_last_stays(name: str) -> None:
     )
     args = (SWAPS[name].arguments()[0].to(memory_format=torch.channels_last),)
     assert_same(run(original, args), run(upgraded, args))
+
+
+@pytest.mark.parametrize("name", ["body", "projected", "timm_resnet18"])
+def test_autocast_stays(name: str) -> None:
+    args = SWAPS[name].arguments()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before, after = (run(model, args) for model in pair(name))
+        assert after[0].dtype == torch.bfloat16
+        assert_same(before, after, tolerance=0)
+        assert_differ(after[0].float(), run(learned(name), args)[0].float())
 
 
 def test_it_moves_to_another_device() -> None:

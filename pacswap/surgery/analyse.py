@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
@@ -52,7 +53,7 @@ def plan_groups(
     reason = why_not_model(model)
     if reason is not None:
         raise refusal(type(model).__name__, [Fault(f"{reason}.")], many_groups=False)
-    with kept_random():
+    with kept_random(), torch.inference_mode(False):
         return _Analysis(model, groups, example_input, list_command).plan()
 
 
@@ -326,9 +327,15 @@ def _tensors(example: ExampleInput) -> list[Tensor]:
 
 def _two_images(example: ExampleInput) -> ExampleInput:
     """An example of one image as two: BatchNorm in train mode refuses a single one."""
-    if isinstance(example, Tensor) and example.dim() == 4 and example.shape[0] == 1:
-        return example.new_empty(2, *example.shape[1:], device="meta")
-    return example
+
+    def doubled(image: Tensor) -> Tensor:
+        if image.dim() == 4 and image.shape[0] == 1:
+            return image.new_empty(2, *image.shape[1:], device="meta")
+        return image
+
+    if isinstance(example, tuple):
+        return tuple(doubled(arg) if isinstance(arg, Tensor) else arg for arg in example)
+    return doubled(example)
 
 
 def _number_size(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pacswap.errors import PlanError
 from pacswap.surgery.analyse import conv_in_words, plan_groups
 from pacswap.surgery.calibrate import calibrate, calibration_batch
-from pacswap.surgery.checks import why_not_conv, why_not_model
+from pacswap.surgery.checks import why_not_conv, why_not_model, why_not_network
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.request import as_groups
 from pacswap.surgery.rewrite import rewrite
@@ -61,9 +61,7 @@ def plan(
         Conv2d 512→512 3×3
     """
     made = as_groups(layers, guidance, kernel, groups)
-    reason = why_not_model(model)
-    if reason is not None:
-        raise PlanError(f"cannot swap in {type(model).__name__}: {reason}.")
+    _refuse(model, why_not_model(model))
     return plan_groups(
         model, made, default_input(model) if example_input is None else example_input
     )
@@ -92,7 +90,8 @@ def swap(
         groups: several groups at once.
         example_input: what the model takes.
         calibration: images (as the model takes them) on which `bandwidth: auto` is set: the median
-            off-centre factor becomes ½. By default two drawn scenes.
+            off-centre factor becomes ½. By default two drawn scenes. An external guidance is not
+            known at the swap; its bandwidth starts at 1.
 
     Returns:
         A new model; the given one is untouched.
@@ -107,6 +106,7 @@ def swap(
         >>> isinstance(upgraded, torchvision.models.ResNet)
         True
     """
+    _refuse(model, why_not_model(model))
     example = default_input(model) if example_input is None else example_input
     planned = plan(model, layers, guidance, kernel=kernel, groups=groups, example_input=example)
     return carry_out(model, planned, example, calibration)
@@ -128,6 +128,11 @@ def carry_out(
     upgraded = rewrite(model, planned)
     calibrate(upgraded, planned, batch)
     return upgraded
+
+
+def _refuse(model: object, reason: str | None) -> None:
+    if reason is not None:
+        raise PlanError(f"cannot swap in {type(model).__name__}: {reason}.")
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[
     Raises:
         PlanError: the model does not run on the example input.
     """
+    _refuse(model, why_not_network(model))
     _, seen = look(model, default_input(model) if example_input is None else example_input)
     shapes = {call.name: call.output_shape for call in reversed(seen.calls)}
     order = {call.name: call.order for call in reversed(seen.calls)}
@@ -184,10 +190,11 @@ def default_input(model: nn.Module) -> Tensor:
 
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is not None:
-        return image(tuple(size))
     first = next(iter(convolutions(model).values()), None)
     channels = 3 if first is None else first.in_channels
+    if size is not None:
+        # in_chans=1 changes the first convolution and not what timm's configuration says.
+        return image((channels if first is not None else size[0], *size[1:]))
     bones = skeleton(model).train()
     for side in (224, 299):
         with suppress(PlanError):

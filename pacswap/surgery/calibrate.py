@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pacswap import ops, scenes
 from pacswap.errors import PlanError
-from pacswap.nn import AdaptingKernel
+from pacswap.nn import AdaptingKernel, Guidance, PacConv2d
 from pacswap.surgery.modes import kept_modes, kept_random
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.skeleton import ExampleInput
@@ -32,7 +34,13 @@ def calibration_batch(example_input: ExampleInput) -> ExampleInput:
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     image = args[0] if len(args) == 1 else None
-    if not isinstance(image, Tensor) or image.dim() != 4 or min(image.shape[2:]) < 16:
+    if isinstance(image, Tensor) and image.dim() == 4 and min(image.shape[2:]) < 16:
+        raise PlanError(
+            f"bandwidth 'auto' is set on images of at least 16×16, and the example input is "
+            f"{image.shape[2]}×{image.shape[3]}. Use a larger one (model.input_size in a recipe), "
+            "or give the bandwidth as a number."
+        )
+    if not isinstance(image, Tensor) or image.dim() != 4:
         raise PlanError(
             "bandwidth 'auto' needs images to calibrate on, and this model's input is not one "
             "batch of images. Pass calibration=… (what the model takes), or a number as the "
@@ -84,13 +92,36 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
         with torch.no_grad(), kept_modes(model), kept_random():
             model.eval()
             if kernels:
-                model(*args)
+                with _without_external(model, plan):
+                    model(*args)
     except _AllSeen:
         pass
+    except Exception as error:  # the model's own code, on the user's images
+        raise PlanError(
+            f"{type(model).__name__} does not run on the calibration images: "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} Pass calibration=… as "
+            "the model takes it."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
     return _set(kernels, medians)
+
+
+@contextmanager
+def _without_external(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Plain convolutions where the guidance comes from outside: there is none yet."""
+    fed = {i for i in range(len(plan.guidances)) if _is_external(plan, i)}
+    names = [layer.name for layer in plan.layers if plan.kernels[layer.kernel].guidance in fed]
+    parts = [part for name in names for part in model.get_submodule(name).modules()]
+    adaptive = [p for p in parts if isinstance(p, PacConv2d | AdaptingKernel | Guidance)]
+    try:
+        for part in adaptive:
+            part.enabled = False
+        yield
+    finally:
+        for part in adaptive:
+            part.enabled = True
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -27,10 +27,21 @@ _HOOKS = {
 }
 
 
-def why_not_model(model: nn.Module) -> str | None:
-    """Why no layer of this model can be swapped, or None."""
+def why_not_network(model: object) -> str | None:
+    """Why something is no network that can be looked at, or None."""
     if not isinstance(model, nn.Module):
         return f"expected a torch.nn.Module, got {type(model).__name__}"
+    lazy = [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        return f"'{lazy[0]}' is lazy and has no values yet; run the model once first"
+    return None
+
+
+def why_not_model(model: nn.Module) -> str | None:
+    """Why no layer of this model can be swapped, or None."""
+    reason = why_not_network(model)
+    if reason is not None:
+        return reason
     for name, module in model.named_modules():
         remedy = _WRAPPERS.get(type(module).__name__)
         if remedy is not None:

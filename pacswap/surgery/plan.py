@@ -239,7 +239,7 @@ def _in_words(plan: Plan) -> str:
         kernels = [kernel for kernel in plan.kernels if kernel.guidance == index]
         title = f"guidance {index + 1}" if many else "guidance"
         lines.append(f"  {title:<12}{_guidance_in_words(guidance)}")
-        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels)}")
+        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels, 'external' in guidance.sources)}")
     lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
     cost = plan.cost
     lines += [
@@ -267,14 +267,15 @@ def _guidance_in_words(guidance: PlannedGuidance) -> str:
     return text
 
 
-def _kernel_in_words(kernels: Sequence[PlannedKernel]) -> str:
+def _kernel_in_words(kernels: Sequence[PlannedKernel], external: bool) -> str:
     spec = kernels[0].spec
     words: list[str] = [spec.form]
     if spec.normalize != "none":
         words.append(f"normalised by the {spec.normalize}")
     start = "0 (the plain convolution)" if spec.blend == 0 else f"{spec.blend:g}"
     words.append(f"blend {start}")
-    words.append(f"bandwidth {spec.bandwidth}")
+    unset = external and spec.bandwidth == "auto"
+    words.append("bandwidth 1 (not calibrated)" if unset else f"bandwidth {spec.bandwidth}")
     count = len(kernels)
     shared = f"; {count} of them" if count > 1 else "; one for all"
     return ", ".join(words) + shared

@@ -43,6 +43,8 @@ def as_groups(
         made = [_group({"layers": layers, "guidance": guidance, "kernel": kernel}, "", faults)]
     elif layers is not None or guidance is not None or kernel is not None:
         raise PlanError("give layers, guidance and kernel, or groups, not both.")
+    elif isinstance(groups, str | Group | Mapping) or not isinstance(groups, Iterable):
+        raise PlanError(f"groups: expected a list of groups, got {groups!r}.")
     else:
         made = [_group(given, f"groups[{i}].", faults) for i, given in enumerate(groups)]
         if not made:
@@ -73,21 +75,24 @@ def _group(given: Any, where: str, faults: list[str]) -> Group | None:
         return None
     layers = _layers(given["layers"], f"{where}layers", faults)
     guidance = _guidance(given["guidance"], f"{where}guidance", faults)
-    kernel = _from_mapping(
-        KernelSpec, given.get("kernel") or KernelSpec(), f"{where}kernel", faults
-    )
+    asked = KernelSpec() if given.get("kernel") is None else given["kernel"]
+    kernel = _from_mapping(KernelSpec, asked, f"{where}kernel", faults)
     if kernel is not None:
         _check_kernel(kernel, f"{where}kernel", faults)
     if guidance is None or kernel is None:
         return None
-    return Group(layers, guidance, kernel, bool(given.get("override", False)))
+    override = given.get("override", False)
+    _check_flag(f"{where}override", override, faults)
+    return Group(layers, guidance, kernel, override)
 
 
 def _layers(given: Any, where: str, faults: list[str]) -> Layers:
     def one(part: Any) -> Any:
         if isinstance(part, Mapping):
             part = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
-            return _from_mapping(LayerQuery, part, where, faults)
+            part = _from_mapping(LayerQuery, part, where, faults)
+        if isinstance(part, LayerQuery):
+            _check_query(part, where, faults)
         return part
 
     if isinstance(given, list | tuple | set):
@@ -101,6 +106,8 @@ def _guidance(given: Any, where: str, faults: list[str]) -> GuidanceSpec | None:
     if isinstance(given, list | tuple):
         given = {"source": given}
     if isinstance(given, Mapping):
+        if "from" in given and "source" in given:
+            faults.append(f"{where}: from and source are one key. Leave one out.")
         given = {("source" if key == "from" else key): value for key, value in given.items()}
         source = given.get("source")
         given["source"] = tuple(source) if isinstance(source, list) else source
@@ -113,13 +120,36 @@ def _guidance(given: Any, where: str, faults: list[str]) -> GuidanceSpec | None:
     if not (spec.channels is None or (type(spec.channels) is int and spec.channels >= 1)):
         faults.append(f"{where}.channels: expected a positive int or None, got {spec.channels!r}.")
     _check_word(f"{where}.resize", spec.resize, get_args(Resize), faults)
+    _check_flag(f"{where}.detach", spec.detach, faults)
     return spec
+
+
+def _check_query(query: LayerQuery, where: str, faults: list[str]) -> None:
+    for key in ("kernel_size", "stride", "dilation"):
+        value = getattr(query, key)
+        sizes = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(type(size) is int and size >= 1 for size in sizes):
+            faults.append(f"{where}.{key}: expected an int or a pair of ints, got {value!r}.")
+    for key in ("name", "exclude"):
+        value = getattr(query, key)
+        patterns = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(text, str) for text in patterns):
+            faults.append(f"{where}.{key}: expected a pattern or a list of them, got {value!r}.")
+    _check_flag(f"{where}.last_of_stage", query.last_of_stage, faults)
+    if query.depthwise is not None:
+        _check_flag(f"{where}.depthwise", query.depthwise, faults)
+
+
+def _check_flag(where: str, value: Any, faults: list[str]) -> None:
+    if not isinstance(value, bool):
+        faults.append(f"{where}: expected True or False, got {value!r}.")
 
 
 def _check_kernel(spec: KernelSpec, where: str, faults: list[str]) -> None:
     _check_word(f"{where}.form", spec.form, get_args(Form), faults)
     _check_word(f"{where}.normalize", spec.normalize, get_args(Normalize), faults)
     _check_word(f"{where}.distance", spec.distance, get_args(Distance), faults)
+    _check_flag(f"{where}.standardize", spec.standardize, faults)
     if not _is_number(spec.blend):
         faults.append(f"{where}.blend: expected a finite number, got {spec.blend!r}.")
     if spec.bandwidth != "auto" and not (_is_number(spec.bandwidth) and spec.bandwidth > 0):

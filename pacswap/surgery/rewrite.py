@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
@@ -42,7 +43,12 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the model is not the one that was planned for, or cannot be copied.
     """
     _check_same(model, plan)
-    upgraded = copy_model(model)
+    with torch.inference_mode(False):  # what is made in that mode never learns
+        return _rewritten(copy_model(model), plan)
+
+
+def _rewritten(upgraded: nn.Module, plan: Plan) -> nn.Module:
+    """`upgraded` itself, changed by the plan."""
     for layer in plan.layers:
         _replace(upgraded, layer.name, _pac_layer(upgraded, plan, layer.name))
     for guidance in plan.guidances:
@@ -96,7 +102,7 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlanError: the model is not an upgraded one.
     """
-    plan = vars(model).get(PLAN)
+    plan = vars(model).get(PLAN) if isinstance(model, nn.Module) else None
     if plan is None:
         raise PlanError(
             f"this {type(model).__name__} was not upgraded by pacswap: there is nothing to undo or "
@@ -120,7 +126,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         PlanError: the model has no pixel-adaptive layers.
     """
-    parts = [m for m in model.modules() if isinstance(m, PacConv2d | AdaptingKernel | Guidance)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    parts = [m for m in modules if isinstance(m, PacConv2d | AdaptingKernel | Guidance)]
     if not parts:
         raise PlanError(f"this {type(model).__name__} has no pixel-adaptive layers to disable.")
     before = [part.enabled for part in parts]

@@ -121,9 +121,20 @@ def _no_match(pattern: str, model: nn.Module, convs: dict[str, _ConvNd], describ
 def _by_callable(
     predicate: LayerPredicate, convs: dict[str, _ConvNd], faults: list[str]
 ) -> list[str]:
-    found = [name for name, conv in convs.items() if predicate(name, conv)]
+    title = getattr(predicate, "__name__", repr(predicate))
+    found = []
+    for name, conv in convs.items():
+        try:
+            if predicate(name, conv):
+                found.append(name)
+        except Exception as error:  # the user's own code
+            faults.append(
+                f"the callable {title} raised {type(error).__name__} on '{name}': {error}. It is "
+                "called as (name, module) and returns True or False."
+            )
+            return []
     if not found:
-        name = getattr(predicate, "__name__", repr(predicate))
+        name = title
         faults.append(f"the callable {name} accepts none of the {len(convs)} convolutions.")
     return found
 

@@ -166,6 +166,11 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     undo = _watch(bones, seen)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
+        raise PlanError(
+            "example_input: expected a tensor or a tuple of arguments with one, got "
+            f"{type(example_input).__name__}."
+        )
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
         with torch.no_grad(), kept_random(), MacCounter() as counter:

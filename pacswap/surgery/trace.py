@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import random
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +102,10 @@ def trace_method(root: nn.Module, method: str, enter: Iterable[str]) -> Trace:
     tracer = _Tracer(set(enter))
     tracer.traced_func_name = method
     try:
+        state = random.getstate()
         graph = tracer.trace(root)
+        if random.getstate() != state:
+            raise TraceFailure("it draws Python random numbers, which a trace would freeze")
     except Exception as error:  # the model's own code, run on proxies: anything can come of it
         raise TraceFailure(_reason(error)) from error
     graph._tracer_cls = None

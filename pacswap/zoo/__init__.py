@@ -1,7 +1,7 @@
 """Building models by name; the only importer of timm and torchvision.models."""
 
 from pacswap.zoo.build import Source, bare, build, input_size, model_names, normalization
-from pacswap.zoo.identify import identify
+from pacswap.zoo.identify import identify, why_not_twin
 from pacswap.zoo.weights import load_weights_file, read_state_dict
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "model_names",
     "normalization",
     "read_state_dict",
+    "why_not_twin",
 ]

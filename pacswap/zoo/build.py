@@ -86,11 +86,20 @@ def build(
     return model
 
 
+_WITH_AUXILIARY: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": True, "init_weights": False},
+}
+
+
 def bare(source: Source) -> Source:
     """The source without anything to download; it builds a network of the same structure."""
     name, args, tag = source.name, dict(source.args), _tag(source)
     if source.library == "torchvision":
         args.pop("weights_backbone", None)
+        if tag is not None and source.name in _WITH_AUXILIARY:
+            # What torchvision itself changes where it loads weights.
+            args = {"transform_input": True, **_WITH_AUXILIARY[source.name], **args}
     if source.library == "timm" and tag not in (None, "DEFAULT"):
         name = f"{name.partition('.')[0]}.{tag}"  # the tag also says how images are normalised
     return replace(source, name=name, weights=None, args=args)

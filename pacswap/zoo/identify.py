@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from pacswap.errors import PacswapError
@@ -30,7 +29,7 @@ def identify(model: nn.Module) -> Source | None:
             twin = build(source, meta=True, trust_python=source is built_by)
         except PacswapError:
             continue
-        if _structure(twin) == _structure(model):
+        if why_not_twin(twin, model) is None:
             return source
     return None
 
@@ -68,6 +67,9 @@ def _timm_candidates(model: nn.Module) -> Iterator[Source]:
             guesses.append({"features_only": True, "out_indices": indices, "output_stride": stride})
     else:
         guesses += [{**guess, "output_stride": s} for guess in list(guesses) for s in (8, 16)]
+    rate = getattr(model, "drop_rate", 0.0)
+    if rate:
+        guesses = [{**guess, "drop_rate": rate} for guess in guesses]
     yield from (Source("timm", name, None, guess) for guess in guesses)
 
 
@@ -97,7 +99,31 @@ def _classes(model: nn.Module) -> int | None:
     return None
 
 
-def _structure(model: nn.Module) -> tuple[str, list[str], dict[str, torch.Size]]:
-    """Modules and options, which modules are one and the same, and the tensors' shapes."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return repr(model), [name for name, _ in model.named_modules()], shapes
+def why_not_twin(twin: nn.Module, model: nn.Module) -> str | None:
+    """The first difference in structure or options of two networks, or None."""
+    ours, theirs = _structure(model), _structure(twin)
+    for name in list(dict.fromkeys([*theirs, *ours])):
+        if ours.get(name) != theirs.get(name):
+            where = f"'{name}'" if name else "the network"
+            return f"{where} is {theirs.get(name)} there and {ours.get(name)} here"
+    shapes = [{k: t.shape for k, t in m.state_dict().items()} for m in (twin, model)]
+    return None if shapes[0] == shapes[1] else "its tensors have other names or shapes"
+
+
+def _structure(model: nn.Module) -> dict[str, str]:
+    """Each module by name, with its own options and its plain public attributes."""
+    found = {}
+    for name, module in model.named_modules():
+        plain = {
+            key: value
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key != "training" and _is_plain(value)
+        }
+        found[name] = f"{module._get_name()}({module.extra_repr()}) {plain}"
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
