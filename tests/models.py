@@ -208,6 +208,7 @@ class Sparse(Body):
     """As many outputs as the values want: the meta device cannot run it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.9)
         y = self.target(self.norm(self.stem(x)))
         return y[x.mean(1, keepdim=True).expand_as(y) > 0.5]
 

@@ -47,7 +47,7 @@ PUBLIC = {
     "pacswap.ops": """Window adapting_kernel attach_kernel_gradient blended compute_dtype explain
         make_window pac_conv2d squared_distance standardized""",
     "pacswap.zoo": """Source bare build identify input_size load_weights_file model_names
-        normalization read_state_dict""",
+        normalization read_state_dict why_not_twin""",
     "pacswap.surgery": """Check Group GuidanceSpec KernelSpec LayerInfo LayerQuery Plan Verification
         calibrate carry_out default_input disabled layers pac_layers plan plan_groups plan_of
         revert rewrite swap verify""",

@@ -263,9 +263,9 @@ def test_a_network_of_nobody(in_a_folder):
         (
             {"library": "pacswap", "name": "scene_net", "args": {"num_classes": 2}},
             CheckpointError,
-            "source builds another network than this SceneNet: 2 of another shape "
-            "('head.classifier.weight' [6, 48, 1, 1] (expected [2, 48, 1, 1]), "
-            "'head.classifier.bias' [6] (expected [2])). Mend its name or args (num_classes?).",
+            "source builds another network than this SceneNet: the network is SceneNet() "
+            "{'num_classes': 2} there and SceneNet() {'num_classes': 6} here. Mend its name or "
+            "args (num_classes?).",
         ),
     ],
     ids=["incomplete", "unknown library", "another network"],

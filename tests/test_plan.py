@@ -246,11 +246,12 @@ class Noise(nn.Module):
 
 
 def test_planning_runs_a_copy_and_restores_the_random_state() -> None:
-    model = Counting()
+    model, calls = Counting(), []
+    model.noise.register_forward_hook(lambda *_: calls.append(1))
     before = Untouched(model)
     pacswap.plan(model, "target", "stem", example_input=SMALL)
     before.check()
-    assert model.book == []
+    assert model.book == calls == []
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,15 @@ def test_they_stay_at_every_rounding(tiny: str, size: tuple[int, int]) -> None:
     assert_same(run(original, args, training=True), run(upgraded, args, training=True))
 
 
+@pytest.mark.parametrize("size", [(18, 30), (17, 21), (16, 19), (31, 16)], ids=str)
+def test_a_learned_network_takes_every_rounding(tiny: str, size: tuple[int, int]) -> None:
+    original, _ = pair(tiny)
+    args = SWAPS[tiny].arguments(size=size)
+    before, after = run(original, args)[0], run(learned(tiny), args)[0]
+    assert_differ(before, after)
+    assert_same(before, after, tolerance=float("inf"))
+
+
 def test_a_learned_blend_changes_the_output(name: str) -> None:
     original, _ = pair(name)
     args = SWAPS[name].arguments()

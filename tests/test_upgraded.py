@@ -281,6 +281,7 @@ def test_what_is_swapped_without_gradients_learns_all_the_same(mode: Callable[[]
         ("two_roundings", (16, 20), 1),
         ("two_roundings", (19, 23), 2),
         ("two_geometries", (16, 20), 2),
+        ("two_geometries", (19, 23), 2),
     ],
 )
 def test_kernels_are_computed_once_for_each_resolution(
@@ -292,6 +293,51 @@ def test_kernels_are_computed_once_for_each_resolution(
             module.register_forward_hook(lambda *_: calls.append(1))
     model(*SWAPS[name].arguments(size=size))
     assert len(calls) == computed
+
+
+class Pyramid(models.Body):
+    """Two convolutions shared by two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.norm(self.stem(x))
+        return [self.second(self.target(y)) for y in (x, x[..., ::2, ::2])]
+
+
+def test_a_pyramid_computes_one_kernel_for_each_level() -> None:
+    swap, calls = Swap(Pyramid, ["target", "second"]), []
+    upgraded = swap.swap(swap.build()).eval()
+    hook = upgraded.target.adapting_kernel.register_forward_hook(lambda *_: calls.append(1))
+    upgraded(*swap.arguments())
+    hook.remove()
+    assert len(calls) == 2
+    nn.init.constant_(upgraded.second.blend, 0.5)
+    assert [y.shape[-2:] for y in upgraded(*swap.arguments(size=swap.odd))] == [(19, 23), (10, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "tapped"),
+    [
+        ("in_place", lambda m, x: m.stem(x)),
+        ("in_place_input", lambda m, x: x),
+        ("assigned", lambda m, x: m.norm(m.stem(x)) * 2),
+        ("sequential", lambda m, x: m[0](x)),
+    ],
+)
+def test_the_kernel_sees_the_guidance_before_it_was_overwritten(
+    name: str, tapped: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    model, seen = learned(name).eval(), []
+    for module in model.modules():
+        if isinstance(module, pacswap.nn.AdaptingKernel):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    (x,) = SWAPS[name].arguments()
+    expected = tapped(model, x.clone())
+    model(x)
+    assert_same([expected], seen, tolerance=0)
 
 
 # ---- what a convolution carries

@@ -27,7 +27,7 @@ from pacswap.surgery.plan import (
 )
 from pacswap.surgery.scope import ScopeFinder, resolve_sources
 from pacswap.surgery.select import convolutions, select
-from pacswap.surgery.skeleton import ExampleInput, Observation, look, observe
+from pacswap.surgery.skeleton import ExampleInput, Observation, check_example, look, observe
 from pacswap.surgery.spec import Group
 from pacswap.surgery.wiring import Probe, locate_guidance, probe_scope, why_not_fed
 
@@ -53,6 +53,7 @@ def plan_groups(
     reason = why_not_model(model)
     if reason is not None:
         raise refusal(type(model).__name__, [Fault(f"{reason}.")], many_groups=False)
+    check_example(example_input)
     with kept_random(), torch.inference_mode(False):
         return _Analysis(model, groups, example_input, list_command).plan()
 

@@ -31,9 +31,9 @@ def why_not_network(model: object) -> str | None:
     """Why something is no network that can be looked at, or None."""
     if not isinstance(model, nn.Module):
         return f"expected a torch.nn.Module, got {type(model).__name__}"
-    lazy = [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
-        return f"'{lazy[0]}' is lazy and has no values yet; run the model once first"
+        return f"'{lazy[0]}' is lazy and has no value yet: run the model once first"
     return None
 
 
@@ -47,9 +47,6 @@ def why_not_model(model: nn.Module) -> str | None:
         if remedy is not None:
             where = f"'{name}' is" if name else "the model is"
             return f"{where} wrapped in {type(module).__name__}: {remedy}"
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
-        return f"'{lazy[0]}' is lazy and has no value yet: run the model once first"
     swapped = [name for name, m in model.named_modules() if isinstance(m, PacConv2d)]
     if swapped:
         return (

@@ -262,17 +262,12 @@ class _Wiring:
         root = model.get_submodule(self.scope.module)
         inside = {name: root.get_submodule(name) for name in ("", *self.trace.entered)}
         paths = {name: f"{name}." if name else "" for name in inside}
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        with self.graph.inserting_after(inputs[-1]):
-            last = self.graph.create_node("call_function", not_checkpointed)
-        with self.graph.inserting_before(last):
-            last.args = (
-                tuple(
-                    self._attribute(f"{paths[name]}grad_checkpointing")
-                    for name, module in inside.items()
-                    if hasattr(module, "grad_checkpointing")
-                ),
-            )
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            flags = [n for n, module in inside.items() if hasattr(module, "grad_checkpointing")]
+            if flags:
+                values = tuple(self._attribute(f"{paths[n]}grad_checkpointing") for n in flags)
+                self.graph.call_function(not_checkpointed, (values,))
             if self.scope.evaluate is not None:
                 modes = {n: self._attribute(f"{paths[n]}training") for n in self.trace.entered}
                 training = self.trace is self.scope.train

@@ -82,6 +82,7 @@ def look(model: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Obse
     Raises:
         PlanError: the model cannot be copied, or does not run; the message has its own words.
     """
+    check_example(example_input)
     bones = skeleton(model).eval()
     try:
         return bones, observe(bones, example_input)
@@ -90,6 +91,19 @@ def look(model: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Obse
             raise
     bones = skeleton(model, meta=False).eval()
     return bones, observe(bones, example_input)
+
+
+def check_example(example_input: object) -> None:
+    """Raise unless an example input holds a tensor.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_input)):
+        raise PlanError(
+            "example_input: expected a tensor or a tuple of arguments with one, got "
+            f"{type(example_input).__name__}."
+        )
 
 
 def skeleton(model: nn.Module, *, meta: bool = True) -> nn.Module:
@@ -166,11 +180,6 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     undo = _watch(bones, seen)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
-        raise PlanError(
-            "example_input: expected a tensor or a tuple of arguments with one, got "
-            f"{type(example_input).__name__}."
-        )
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
         with torch.no_grad(), kept_random(), MacCounter() as counter:
