@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -55,3 +56,9 @@ def test_every_file_named_in_the_readme_exists():
     )
     assert linked
     assert [name for name in linked if not (ROOT / name).is_file()] == []
+
+
+def test_the_refusal_shown_in_the_readme_is_the_one_given():
+    with pytest.raises(pacswap.errors.PlanError) as caught:
+        pacswap.plan(timm.create_model("resnet50"), "layer9.*", "layer?")
+    assert str(caught.value) == blocks("text")[0].strip()
