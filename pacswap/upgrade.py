@@ -227,7 +227,7 @@ def _read_images(
 
 def _external_guidance(plan: Plan, images: Tensor) -> Tensor | None:
     """Random features in place of an external guidance, which a recipe cannot bring along."""
-    if not any("external" in guidance.sources for guidance in plan.guidances):
+    if not any(guidance.is_external for guidance in plan.guidances):
         return None
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 8, *images.shape[2:], generator=generator).to(images)

@@ -1,12 +1,9 @@
-"""The same numbers for every test, and one thread for each worker when tests run side by side."""
-
-import os
+"""The same numbers for every test, and one thread: two wait for each other on shared cores."""
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

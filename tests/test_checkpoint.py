@@ -102,15 +102,6 @@ def error_of(error: type[Exception], function, *args, **kwargs) -> str:
     return str(raised.value)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -46,15 +46,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(capsys):
     """Run a command line; gives its exit code, stdout and stderr."""

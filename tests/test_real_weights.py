@@ -151,15 +151,6 @@ def picture(number: int, size: int) -> Tensor:
         return pil_to_tensor(resized).float() / 255
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     """A network and its upgraded twin, calibrated on every fourth photograph. Not to be changed."""

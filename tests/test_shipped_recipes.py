@@ -38,15 +38,6 @@ SIZES = {"deeplabv3_resnet50": (3, 16, 304)}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The fewest passes that measure a latency; what it is does not matter here."""

@@ -119,8 +119,7 @@ def carry_out(
     automatic = [
         kernel
         for kernel in planned.kernels
-        if kernel.spec.bandwidth == "auto"
-        and "external" not in planned.guidances[kernel.guidance].sources
+        if kernel.spec.bandwidth == "auto" and not planned.guidances[kernel.guidance].is_external
     ]
     if not automatic or all(p.is_meta for p in model.parameters()):
         return rewrite(model, planned)

@@ -73,7 +73,7 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
         PlanError: a guidance is constant on the batch, so that no width fits.
     """
     wanted = {k.owner: k for k in plan.kernels if k.spec.bandwidth == "auto"}
-    external = {k.owner for k in wanted.values() if _is_external(plan, k.guidance)}
+    external = {k.owner for k in wanted.values() if plan.guidances[k.guidance].is_external}
     kernels = {name: _kernel(model, name) for name in wanted if name not in external}
     medians: dict[str, float] = {}
     handles = []
@@ -111,7 +111,7 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
 @contextmanager
 def _without_external(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Plain convolutions where the guidance comes from outside: there is none yet."""
-    fed = {i for i in range(len(plan.guidances)) if _is_external(plan, i)}
+    fed = {i for i, guidance in enumerate(plan.guidances) if guidance.is_external}
     names = [layer.name for layer in plan.layers if plan.kernels[layer.kernel].guidance in fed]
     parts = [part for name in names for part in model.get_submodule(name).modules()]
     adaptive = [p for p in parts if isinstance(p, PacConv2d | AdaptingKernel | Guidance)]
@@ -151,10 +151,6 @@ def _kernel(model: nn.Module, owner: str) -> AdaptingKernel:
     kernel = model.get_submodule(owner).adapting_kernel
     assert isinstance(kernel, AdaptingKernel)
     return kernel
-
-
-def _is_external(plan: Plan, guidance: int) -> bool:
-    return "external" in plan.guidances[guidance].sources
 
 
 def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:

@@ -48,6 +48,11 @@ class PlannedGuidance:
     cloned: tuple[bool, ...]
 
     @property
+    def is_external(self) -> bool:
+        """Whether a source is the caller's own features."""
+        return "external" in self.sources
+
+    @property
     def in_channels(self) -> int | None:
         """D of the concatenated sources, positions included; None if one is not known yet."""
         if any(shape is None for shape in self.shapes):
@@ -239,7 +244,7 @@ def _in_words(plan: Plan) -> str:
         kernels = [kernel for kernel in plan.kernels if kernel.guidance == index]
         title = f"guidance {index + 1}" if many else "guidance"
         lines.append(f"  {title:<12}{_guidance_in_words(guidance)}")
-        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels, 'external' in guidance.sources)}")
+        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels, guidance.is_external)}")
     lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
     cost = plan.cost
     lines += [

@@ -212,8 +212,7 @@ def _replace(model: nn.Module, name: str, new: nn.Module, *, forget: tuple[str, 
 
 def _install_scope(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
     external = any(
-        "external" in guidance.sources and plan.scopes[guidance.scope] is scope
-        for guidance in plan.guidances
+        guidance.is_external and plan.scopes[guidance.scope] is scope for guidance in plan.guidances
     )
     graphs = tuple(_rewired(model, trace, plan, scope, external) for trace in scope.traces)
     keywords = ("guidance",) if external else ()
@@ -277,7 +276,7 @@ class _Wiring:
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         with self.graph.inserting_after(inputs[-1]):
             given = self.graph.create_node("placeholder", "guidance", (None,), {})
-        owner = next(g.owner for g in self.plan.guidances if "external" in g.sources)
+        owner = next(g.owner for g in self.plan.guidances if g.is_external)
         with self.graph.inserting_after(given):
             enabled = self._attribute(f"{self.scope.local(owner)}.guidance.enabled")
         with self.graph.inserting_after(enabled):
