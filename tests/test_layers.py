@@ -372,7 +372,7 @@ def test_the_centre_of_a_1x1_window_is_all_it_has():
     [
         ({"bandwidth": -1.0}, "bandwidth must be positive and finite, got -1.0."),
         ({"normalize": "means"}, "normalize='means' is unknown. Nearest: 'mean'."),
-        ({"form": "laplace"}, "form='laplace' is unknown. Known: 'gaussian'."),
+        ({"form": "laplace"}, "form='laplace' is unknown. Nearest: 'laplacian'."),
         ({"distance": "max"}, "distance='max' is unknown. Nearest: 'mean'."),
     ],
     ids=["bandwidth", "normalize", "form", "distance"],

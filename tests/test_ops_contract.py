@@ -230,5 +230,5 @@ def test_eager_keeps_the_guidance_for_the_backward_pass_of_its_distances():
     case, kept = CASES["3x3_valid"], []
     guidance = case.tensors()["guidance"].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.squared_distance(guidance, case.window, backend="eager")
+        ops.tap_distance(guidance, case.window, backend="eager")
     assert [tensor.shape for tensor in kept] == [guidance.shape]

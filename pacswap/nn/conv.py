@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
 
 from pacswap import ops
-from pacswap.errors import GuidanceError
-from pacswap.nn.kernel import AdaptingKernel
+from pacswap.errors import GuidanceError, ShapeError
+from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.kernel import AdaptingKernel, KernelOptions
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class PacConv2d(nn.Conv2d):
+
+class PacConv2d(Adaptive, nn.Conv2d):
     """Pixel-adaptive convolution (Su et al., CVPR 2019): y_p = b + Σ_q K_a(f_p, f_q)·W[p−q]·v_q.
 
     K_a = 1 + blend·(K − 1): with `blend` = 1, the default here, the layer is the paper's; with 0,
     where surgery starts, it is the plain convolution, exactly, and `blend` has a gradient there.
     `weight` and `bias` are those of `torch.nn.Conv2d`, under the same `state_dict` keys; what is
-    added is `blend` and `adapting_kernel.log_bandwidth`.
+    added is `blend` and `adapting_kernel.…`.
 
     Args:
         in_channels: C_in.
@@ -34,20 +37,22 @@ class PacConv2d(nn.Conv2d):
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`; for the guidance too.
         device: of the parameters.
         dtype: of the parameters.
-        form: `"gaussian"`.
-        distance: `"sum"` (the paper's) or `"mean"` of the squared differences over channels.
-        bandwidth: where the learnable bandwidth starts; positive, in units of the guidance.
-        standardize: bring each guidance channel of each image to mean 0 and variance 1 first.
-        normalize: `"none"`, `"sum"` (the paper's) or `"mean"` (weight-preserving).
+        shared_filters: one spatial filter, [1, 1, KH, KW], for all channels, which are not mixed;
+            C_out = C_in, groups 1 and no bias.
         blend: where the learnable blend starts.
+        **kernel_options: how K is made: `form`, `alpha`, `lambd`, `asymmetric`, `smoothing`,
+            `smoothing_size`, `channel_wise`, `distance`, `bandwidth`, `standardize`, `normalize`
+            and `learnable`, as for `AdaptingKernel`. With `channel_wise` the guidance has C_in
+            channels.
+
+    Raises:
+        ShapeError: an option is out of range.
 
     Example:
         >>> layer = PacConv2d(8, 16, 3, padding=1)
         >>> layer(torch.rand(1, 8, 32, 32), torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 16, 32, 32])
     """
-
-    adapting_kernel: AdaptingKernel | None
 
     def __init__(
         self,
@@ -63,13 +68,15 @@ class PacConv2d(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        form: Literal["gaussian"] = "gaussian",
-        distance: Literal["sum", "mean"] = "sum",
-        bandwidth: float = 1.0,
-        standardize: bool = False,
-        normalize: Literal["none", "sum", "mean"] = "none",
+        shared_filters: bool = False,
         blend: float = 1.0,
+        **kernel_options: Unpack[KernelOptions],
     ) -> None:
+        if shared_filters and (in_channels != out_channels or groups != 1 or bias):
+            raise ShapeError(
+                "shared_filters mixes no channels: it needs out_channels = in_channels, groups=1 "
+                f"and bias=False, got {in_channels} → {out_channels}, groups={groups}, bias={bias}."
+            )
         super().__init__(
             in_channels,
             out_channels,
@@ -77,31 +84,19 @@ class PacConv2d(nn.Conv2d):
             stride,  # type: ignore[arg-type]
             padding,  # type: ignore[arg-type]
             dilation,  # type: ignore[arg-type]
-            groups,
+            in_channels if shared_filters else groups,
             bias,
             padding_mode,  # type: ignore[arg-type]
             device,
             dtype,
         )
-        self.blend = nn.Parameter(torch.full((), float(blend), device=device, dtype=dtype))
-        self.adapting_kernel = AdaptingKernel(
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            padding_mode=padding_mode,
-            form=form,
-            distance=distance,
-            bandwidth=bandwidth,
-            standardize=standardize,
-            normalize=normalize,
-            device=device,
-            dtype=dtype,
+        self.shared_filters = shared_filters
+        if shared_filters:
+            self.weight = nn.Parameter(self.weight.detach()[:1].clone())
+        kernel = AdaptingKernel(
+            self.window, channels=in_channels, device=device, dtype=dtype, **kernel_options
         )
-        # False inside `pacswap.disabled`: the layer is then the plain convolution.
-        self.enabled = True
-        # Set by surgery, for the message of a call that forgets the guidance.
-        self.guided_by: str | None = None
+        self._adapt(blend, kernel, self.weight)
 
     @property
     def window(self) -> Window:
@@ -114,47 +109,72 @@ class PacConv2d(nn.Conv2d):
             padding_mode=self.padding_mode,
         )
 
+    @property
+    def filters(self) -> Tensor:
+        """The weight as `F.conv2d` takes it, [C_out, C_in/groups, KH, KW]."""
+        if self.shared_filters:
+            return self.weight.expand(self.in_channels, -1, -1, -1)
+        return self.weight
+
+    @overload
     def forward(
         self, input: Tensor, guidance: Tensor | None = None, *, kernel: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, guidance: Tensor | None = None, *, mask: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor,
+        guidance: Tensor | None = None,
+        *,
+        kernel: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Convolve `input`, adapted to a guidance or by a kernel that was computed from one.
 
         Args:
             input: v, [B, C_in, H, W] (or unbatched, like its companions).
             guidance: f, [B, D, H, W], at the resolution of `input`.
-            kernel: K, [B, 1, KH*KW, H_out, W_out], instead of `guidance`.
+            kernel: K, [B, 1 or C_in, KH*KW, H_out, W_out], instead of `guidance`.
+            mask: [B, 1, H, W], above 0 where the input is valid; with `guidance` only. An output
+                that sees nothing valid is 0.
 
         Returns:
-            [B, C_out, H_out, W_out].
+            [B, C_out, H_out, W_out]; with a mask, that and the output's mask [B, 1, H_out, W_out].
 
         Raises:
             GuidanceError: neither `guidance` nor `kernel` was given, or both.
             ShapeError: the tensors disagree.
         """
-        if not self.enabled:
-            return self._conv_forward(input, self.weight, self.bias)
         if input.dim() == 3:
-            batched = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel))
-            guidance, kernel = batched
-            return self.forward(input.unsqueeze(0), guidance, kernel=kernel).squeeze(0)
+            given = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel, mask))
+            guidance, kernel, mask = given
+            made = self.forward(input.unsqueeze(0), guidance, kernel=kernel, mask=mask)  # type: ignore[call-overload]
+            return made.squeeze(0) if mask is None else tuple(t.squeeze(0) for t in made)
+        if mask is not None:
+            return self._masked(input, guidance, kernel, mask)
+        if not self.enabled:
+            return self._conv_forward(input, self.filters, self.bias)
         kernel = self._kernel(guidance, kernel)
-        blended = ops.blended(kernel, self.blend).to(kernel.dtype)
-        if self._is_plain():
-            output = self._conv_forward(input, self.weight, self.bias)
-            if not (torch.is_grad_enabled() and blended.requires_grad):
-                return output
-            return ops.attach_kernel_gradient(
-                output,
-                input,
-                blended.to(input.dtype),
-                self.weight,
-                window=self.window,
-                groups=self.groups,
-            )
+        blended = ops.blended(kernel, self.blend).to(input.dtype)
+        if not self._is_plain():
+            return self._pac(input, blended)
+        output = self._conv_forward(input, self.filters, self.bias)
+        if not (torch.is_grad_enabled() and blended.requires_grad):
+            return output
+        return ops.attach_kernel_gradient(
+            output, input, blended, self.filters, window=self.window, groups=self.groups
+        )
+
+    def _pac(self, input: Tensor, kernel: Tensor) -> Tensor:
         return ops.pac_conv2d(
             input,
-            blended.to(input.dtype),
-            self.weight,
+            kernel,
+            self.filters,
             self.bias,
             stride=self.stride,
             padding=self.padding,
@@ -163,51 +183,31 @@ class PacConv2d(nn.Conv2d):
             padding_mode=self.padding_mode,
         )
 
-    def _kernel(self, guidance: Tensor | None, kernel: Tensor | None) -> Tensor:
-        if guidance is not None and kernel is not None:
-            raise GuidanceError("PacConv2d takes a guidance or a kernel, got both. Leave one out.")
-        if kernel is not None:
-            return kernel
-        if guidance is None:
-            raise GuidanceError(self._missing_guidance())
-        if self.adapting_kernel is None:
+    def _masked(
+        self, input: Tensor, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if kernel is not None or guidance is None or self.adapting_kernel is None:
             raise GuidanceError(
-                "this PacConv2d shares the adapting kernel of another layer and has none of its "
-                "own. Call it with kernel=…"
+                "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
             )
-        return self.adapting_kernel(guidance)
-
-    def _missing_guidance(self) -> str:
-        if self.guided_by is None:
-            return "PacConv2d was called without a guidance. Call it as layer(input, guidance)."
-        return (
-            f"{self.guided_by} was called on a path through the model that does not compute its "
-            "guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that "
-            "path with plain convolutions."
-        )
-
-    def _is_plain(self) -> bool:
-        """Whether `blend` is exactly 0: the plain convolution is the answer to the last bit.
-
-        Asked on the CPU only: elsewhere looking at a value would stall the device, and under a
-        compiler there is no value to look at.
-        """
-        if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
+        made = self.adapting_kernel(guidance, mask=mask)
+        assert made is not None
+        valid = ops.valid_taps(mask, self.window)
+        # The blend moves between the masked convolution and the masked PAC, so taps stay masked.
+        H, W = mask.shape[-2:]
+        plain = ops.masked(torch.ones_like(made), valid, "none", self.window, (H, W))
+        blended = plain + self.blend.to(made.dtype) * (made - plain)
+        seen = ops.output_mask(mask, self.window).to(input.dtype)
+        return self._pac(input, blended.to(input.dtype)) * seen, seen
 
     @classmethod
     def from_conv(
         cls,
         conv: nn.Conv2d,
         *,
-        form: Literal["gaussian"] = "gaussian",
-        distance: Literal["sum", "mean"] = "sum",
-        bandwidth: float = 1.0,
-        standardize: bool = False,
-        normalize: Literal["none", "sum", "mean"] = "none",
         blend: float = 0.0,
         own_kernel: bool = True,
+        **kernel_options: Unpack[KernelOptions],
     ) -> PacConv2d:
         """The pixel-adaptive layer with a convolution's weights; `blend` starts at 0.
 
@@ -216,13 +216,9 @@ class PacConv2d(nn.Conv2d):
 
         Args:
             conv: a `torch.nn.Conv2d`.
-            form: as for the class, like the next four.
-            distance: over channels.
-            bandwidth: of the kernel.
-            standardize: the guidance.
-            normalize: the kernel.
             blend: where the learnable blend starts.
             own_kernel: False for a layer that is always called with `kernel=`.
+            **kernel_options: as for the class.
         """
         layer = cls(
             conv.in_channels,
@@ -236,25 +232,25 @@ class PacConv2d(nn.Conv2d):
             conv.padding_mode,
             # On meta: nothing is initialised and no random number consumed.
             device="meta",
-            form=form,
-            distance=distance,
-            bandwidth=bandwidth,
-            standardize=standardize,
-            normalize=normalize,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.blend = nn.Parameter(conv.weight.new_full((), blend))
+        kernel = None
         if own_kernel:
-            assert layer.adapting_kernel is not None
-            layer.adapting_kernel.log_bandwidth = nn.Parameter(
-                conv.weight.new_full((), math.log(bandwidth))
+            kernel = AdaptingKernel(
+                layer.window,
+                channels=conv.in_channels,
+                device=conv.weight.device,
+                dtype=conv.weight.dtype,
+                **kernel_options,
             )
-        else:
-            layer.adapting_kernel = None
+        layer._adapt(blend, kernel, conv.weight)
         return layer.train(conv.training)
 
     def to_conv(self) -> nn.Conv2d:
-        """The plain convolution with this layer's weights as they are now (its own objects)."""
+        """The plain convolution with this layer's weights as they are now.
+
+        The parameters are the layer's own objects, but for a shared filter, which is repeated.
+        """
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -268,4 +264,6 @@ class PacConv2d(nn.Conv2d):
             device="meta",
         )
         conv.weight, conv.bias = self.weight, self.bias
+        if self.shared_filters:
+            conv.weight = nn.Parameter(self.filters.detach().clone())
         return conv.train(self.training)

@@ -1,37 +1,67 @@
-"""The adapting kernel as a module: `ops.adapting_kernel` with a learnable bandwidth."""
+"""The adapting kernel as a module: `ops.adapting_kernel` with its learnable numbers."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from pacswap import ops
+from pacswap.errors import ShapeError, nearest_hint
 from pacswap.ops.kernel import check_options
-from pacswap.ops.window import Padding, Size2, Window, make_window
+from pacswap.ops.window import Padding, Size2, Window, as_window
+
+SMOOTHINGS = ("none", "gaussian", "box", "learned")
+
+
+class KernelOptions(TypedDict, total=False):
+    """What an adapting kernel can be, beside its geometry; the arguments of `AdaptingKernel`."""
+
+    form: Literal["gaussian", "laplacian", "inverse", "constant"]
+    alpha: float
+    lambd: float
+    asymmetric: bool
+    smoothing: Literal["none", "gaussian", "box", "learned"]
+    smoothing_size: int
+    channel_wise: bool
+    distance: Literal["sum", "mean"]
+    bandwidth: float
+    standardize: bool
+    normalize: Literal["none", "sum", "mean"]
+    learnable: bool
 
 
 class AdaptingKernel(nn.Module):
-    """K = exp(−½·d²/bandwidth²) of a guidance (Su et al., CVPR 2019, eq. 3), for one geometry.
+    """K of a guidance (Su et al., CVPR 2019, section 3), for one geometry.
 
-    One module serves all layers that share guidance, geometry and resolution. The bandwidth is a
-    parameter, `log_bandwidth`, kept positive by its logarithm.
+    One module serves all layers that share guidance, geometry and resolution. What it learns:
+    `log_bandwidth` (positive by its logarithm), `alpha` and `lambd` of the inverse form, and
+    `smoothing_filter` where the smoothing is learned. The constant form has nothing to learn.
 
     Args:
-        kernel_size: KH, KW.
+        kernel_size: KH, KW, or a `Window`, which has the next four options too.
         stride: as in `torch.nn.Conv2d`, like the next three.
         padding: pixels, `"same"` or `"valid"`.
         dilation: pixels between taps.
         padding_mode: how the guidance is padded.
-        form: `"gaussian"`.
-        distance: `"sum"` (the paper's) or `"mean"` of the squared differences over channels.
-        bandwidth: where the learnable bandwidth starts; positive, in units of the guidance.
+        form: `"gaussian"`, `"laplacian"`, `"inverse"` or `"constant"` (K ≡ 1).
+        alpha: where α of the inverse form starts.
+        lambd: where λ of the inverse form starts.
+        asymmetric: in the inverse form, only what exceeds the centre counts.
+        smoothing: of the centre's features: `"none"`, `"gaussian"` (¼ ½ ¼), `"box"`, or `"learned"`
+            (starts as a box).
+        smoothing_size: side of the box or of the learned filter; odd.
+        channel_wise: a kernel for each channel of the guidance instead of one for all.
+        channels: D; with `channel_wise` and the inverse form, α and λ are then [D].
+        distance: `"sum"` (the paper's) or `"mean"` of the differences over channels.
+        bandwidth: where the bandwidth starts; positive, in units of the guidance.
         standardize: bring each channel of each image to mean 0 and variance 1 first.
         normalize: `"none"`, `"sum"` (the paper's) or `"mean"` (weight-preserving).
-        device: of the parameter.
-        dtype: of the parameter.
+        learnable: False keeps bandwidth, α and λ as buffers.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ShapeError: an option is out of range.
@@ -41,75 +71,206 @@ class AdaptingKernel(nn.Module):
         torch.Size([1, 1, 9, 8, 8])
     """
 
+    log_bandwidth: Tensor
+    alpha: Tensor
+    lambd: Tensor
+    smoothing_filter: Tensor | None
+
     def __init__(
         self,
-        kernel_size: Size2,
+        kernel_size: Size2 | Window,
         *,
         stride: Size2 = 1,
         padding: Padding = 0,
         dilation: Size2 = 1,
         padding_mode: str = "zeros",
-        form: Literal["gaussian"] = "gaussian",
+        form: Literal["gaussian", "laplacian", "inverse", "constant"] = "gaussian",
+        alpha: float = 0.0,
+        lambd: float = -1.0,
+        asymmetric: bool = False,
+        smoothing: Literal["none", "gaussian", "box", "learned"] = "none",
+        smoothing_size: int = 3,
+        channel_wise: bool = False,
+        channels: int | None = None,
         distance: Literal["sum", "mean"] = "sum",
         bandwidth: float = 1.0,
         standardize: bool = False,
         normalize: Literal["none", "sum", "mean"] = "none",
+        learnable: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_options(form=form, distance=distance, normalize=normalize, bandwidth=bandwidth)
-        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        self.padding, self.padding_mode = padding, padding_mode
-        self.form, self.distance = form, distance
-        self.standardize, self.normalize = standardize, normalize
-        _ = self.window  # like the options, the geometry is checked now, not at the first call
+        check_options(
+            form=form,
+            distance=distance,
+            normalize=normalize,
+            bandwidth=bandwidth,
+            alpha=alpha,
+            lambd=lambd,
+            asymmetric=asymmetric,
+        )
+        self.window = as_window(
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            padding_mode=padding_mode,
+        )
+        self.form, self.distance, self.asymmetric = form, distance, asymmetric
+        self.standardize, self.normalize, self.channel_wise = standardize, normalize, channel_wise
         # False inside `pacswap.disabled`: nothing is computed.
         self.enabled = True
-        self.log_bandwidth = nn.Parameter(
-            torch.full((), math.log(bandwidth), device=device, dtype=dtype)
-        )
+        wide = () if channels is None or not channel_wise else (channels,)
+        numbers: dict[str, tuple[tuple[int, ...], float]] = {}
+        if form != "constant":
+            numbers["log_bandwidth"] = ((), math.log(bandwidth))
+        if form == "inverse":
+            numbers |= {"alpha": (wide, alpha), "lambd": (wide, lambd)}
+        for name, (shape, value) in numbers.items():
+            self._hold(name, torch.full(shape, value, device=device, dtype=dtype), learnable)
+        self._smooth(smoothing, smoothing_size, device, dtype)
 
-    @property
-    def window(self) -> Window:
-        """The geometry."""
-        return make_window(
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            padding_mode=self.padding_mode,
-        )
+    def _smooth(
+        self,
+        smoothing: str,
+        size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Add the filter of the centre's features: a parameter where it is learned."""
+        if smoothing not in SMOOTHINGS:
+            raise ShapeError(
+                f"smoothing={smoothing!r} is unknown. {nearest_hint(smoothing, SMOOTHINGS)}"
+            )
+        self.smoothing = smoothing
+        filter = None
+        if smoothing != "none" and self.form != "constant":
+            kind: Literal["gaussian", "box"] = "gaussian" if smoothing == "gaussian" else "box"
+            filter = ops.smoothing_filter(kind, size)
+            filter = filter.to(device=device, dtype=dtype or torch.get_default_dtype())
+        if smoothing == "learned" and filter is not None:
+            self.smoothing_filter = nn.Parameter(filter)
+        else:
+            self.register_buffer("smoothing_filter", filter, persistent=False)
+
+    def _hold(self, name: str, value: Tensor, learnable: bool) -> None:
+        if learnable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
 
     @property
     def bandwidth(self) -> Tensor:
         """The width of the kernel, a positive scalar tensor, in units of the guidance."""
         return self.log_bandwidth.exp()
 
-    def forward(self, guidance: Tensor | None) -> Tensor | None:
-        """The adapting kernel, [B, 1, KH*KW, H_out, W_out], of a guidance [B, D, H, W].
+    def forward(self, guidance: Tensor | None, *, mask: Tensor | None = None) -> Tensor | None:
+        """The adapting kernel of a guidance.
 
-        None inside `pacswap.disabled`.
+        Args:
+            guidance: f, [B, D, H, W].
+            mask: [B, 1, H, W], above 0 where the input is valid.
+
+        Returns:
+            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
         """
         if not self.enabled or guidance is None:
             return None
+        numbers: dict[str, Any] = {}
+        if self.form != "constant":
+            # In the kernel's precision: a bandwidth in half precision would be rounded twice.
+            wide = ops.compute_dtype(guidance.dtype)
+            numbers["bandwidth"] = self.log_bandwidth.to(wide).exp()
+        if self.form == "inverse":
+            numbers |= {"alpha": self.alpha, "lambd": self.lambd, "asymmetric": self.asymmetric}
         return ops.adapting_kernel(
             guidance,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            padding_mode=self.padding_mode,
+            self.window,
             form=self.form,
+            smoothing=self.smoothing_filter,
+            channel_wise=self.channel_wise,
+            mask=mask,
             distance=self.distance,
-            # In the kernel's own precision: a bandwidth in half precision would be rounded twice.
-            bandwidth=self.log_bandwidth.to(ops.compute_dtype(guidance.dtype)).exp(),
             standardize=self.standardize,
             normalize=self.normalize,
+            **numbers,
         )
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
-        names = ["kernel_size", "stride", "padding", "dilation", "padding_mode", "form"]
-        names += ["distance", "standardize", "normalize"]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        geometry = ("kernel_size", "stride", "pad", "dilation", "padding_mode")
+        words = [f"{name}={getattr(self.window, name)!r}" for name in geometry]
+        names = ("form", "distance", "standardize", "normalize", "smoothing", "channel_wise")
+        return ", ".join(words + [f"{name}={getattr(self, name)!r}" for name in names])
+
+
+class TransposedKernel(AdaptingKernel):
+    """K of a guidance at output resolution, for a transposed convolution.
+
+    A normalisation counts the pixels of the input only, not the zeros between them; `"mean"` then
+    leaves a constant guidance at 1.
+
+    Args:
+        kernel_size: KH, KW.
+        stride: as in `torch.nn.ConvTranspose2d`, like the next three.
+        padding: what is cut from each side of the output.
+        output_padding: pixels added at its right and bottom.
+        dilation: pixels between taps.
+        **options: as for `AdaptingKernel`.
+
+    Example:
+        >>> TransposedKernel(4, stride=2, padding=1)(torch.rand(1, 3, 16, 16)).shape
+        torch.Size([1, 1, 16, 16, 16])
+    """
+
+    def __init__(
+        self,
+        kernel_size: Size2,
+        *,
+        stride: Size2 = 1,
+        padding: Size2 = 0,
+        output_padding: Size2 = 0,
+        dilation: Size2 = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(ops.guidance_window(kernel_size, dilation), **options)
+        self.transposed, self.steps = ops.transposed_window(
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            dilation=dilation,
+        )
+
+    def forward(self, guidance: Tensor | None, *, mask: Tensor | None = None) -> Tensor | None:
+        """The adapting kernel of a guidance.
+
+        Args:
+            guidance: f, [B, D, H_out, W_out].
+            mask: must be None; the zeros between the pixels are the mask.
+
+        Returns:
+            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
+        """
+        if mask is not None:
+            raise ShapeError("a transposed kernel takes no mask: the inserted zeros are one.")
+        if not self.enabled or guidance is None or self.normalize == "none":
+            return super().forward(guidance)
+        size = self._input_size(guidance.shape[-2], guidance.shape[-1])
+        inserted = ops.inserted_mask(size, self.transposed, self.steps, guidance.device)
+        kernel = super().forward(guidance, mask=inserted.expand(guidance.shape[0], -1, -1, -1))
+        if self.normalize == "sum" or kernel is None:
+            return kernel
+        counted = ops.valid_taps(inserted, self.window).sum(2, keepdim=True)
+        return kernel * (counted / self.window.taps).to(kernel.dtype)
+
+    def _input_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of the input that gives an output of that size."""
+        left, right, top, bottom = self.transposed.pad
+        reach = [
+            d * (k - 1)
+            for d, k in zip(self.transposed.dilation, self.transposed.kernel_size, strict=True)
+        ]
+        rows = (height - 1 - top - bottom + reach[0]) // self.steps[0] + 1
+        return rows, (width - 1 - left - right + reach[1]) // self.steps[1] + 1

@@ -1,9 +1,25 @@
 """The mathematics on tensors: one public function per operation, several backends behind it."""
 
 from pacswap.ops.backends import explain
-from pacswap.ops.conv import attach_kernel_gradient, pac_conv2d
-from pacswap.ops.kernel import adapting_kernel, blended, squared_distance, standardized
+from pacswap.ops.conv import attach_kernel_gradient, convolve, pac_conv2d
+from pacswap.ops.kernel import (
+    adapting_kernel,
+    blended,
+    standardized,
+    tap_distance,
+)
+from pacswap.ops.mask import masked, output_mask, valid_taps
+from pacswap.ops.pool import pac_pool2d
 from pacswap.ops.precision import compute_dtype
+from pacswap.ops.smoothing import smoothing_filter
+from pacswap.ops.transpose import (
+    guidance_window,
+    insert_zeros,
+    inserted_mask,
+    pac_conv_transpose2d,
+    transposed_window,
+    turned,
+)
 from pacswap.ops.window import Window, make_window
 
 __all__ = [
@@ -12,9 +28,21 @@ __all__ = [
     "attach_kernel_gradient",
     "blended",
     "compute_dtype",
+    "convolve",
     "explain",
+    "guidance_window",
+    "insert_zeros",
+    "inserted_mask",
     "make_window",
+    "masked",
+    "output_mask",
     "pac_conv2d",
-    "squared_distance",
+    "pac_conv_transpose2d",
+    "pac_pool2d",
+    "smoothing_filter",
     "standardized",
+    "tap_distance",
+    "transposed_window",
+    "turned",
+    "valid_taps",
 ]

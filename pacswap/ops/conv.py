@@ -26,13 +26,13 @@ def pac_conv2d(
 ) -> Tensor:
     """Convolve `input` with `weight`, each tap scaled at each pixel by the adapting kernel.
 
-    y[b,o,p] = bias[o] + Σ_{q∈Ω(p)} kernel[b,0,q−p,p] · Σ_c weight[o,c,q−p] · input[b,c,q]
+    y[b,o,p] = bias[o] + Σ_{q∈Ω(p)} Σ_c kernel[b,c,q−p,p] · weight[o,c,q−p] · input[b,c,q]
     (Su et al., CVPR 2019, eq. 3; docs/math.md for boundaries and stride)
 
     Args:
         input: v, [B, C_in, H, W], float.
-        kernel: K, [B, 1, KH*KW, H_out, W_out], the dtype and device of `input`; dimensionless, 1
-            leaves a tap as it is.
+        kernel: K, [B, 1, KH*KW, H_out, W_out], or [B, C_in, …] with a kernel for each input
+            channel; the dtype and device of `input`; dimensionless, 1 leaves a tap as it is.
         weight: W, [C_out, C_in/groups, KH, KW], as in `torch.nn.Conv2d`, like the options below.
         bias: b, [C_out] or None.
         stride: pixels between outputs.
@@ -63,6 +63,19 @@ def pac_conv2d(
         dilation=dilation,
         padding_mode=padding_mode,
     )
+    return convolve(input, kernel, weight, bias, window, groups, backend)
+
+
+def convolve(
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    groups: int,
+    backend: Backend,
+) -> Tensor:
+    """`pac_conv2d` of a window that is made already: the one way into the backends."""
     input, kernel, weight, bias = _checked(input, kernel, weight, bias, window, groups)
     return choose(backend).pac_conv2d(input, kernel, weight, bias, window, groups)
 
@@ -110,7 +123,8 @@ def _checked(
     else:
         size = window.output_size(input.shape[-2], input.shape[-1])
         wanted = (input.shape[0], 1, window.taps, *size)
-        if tuple(kernel.shape) != wanted:
+        channel_wise = (input.shape[0], input.shape[1], window.taps, *size)
+        if tuple(kernel.shape) not in (wanted, channel_wise):
             faults.append(f"kernel must be [B, 1, KH*KW, H_out, W_out] = {list(wanted)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         faults.append(f"bias must be [C_out] = [{weight.shape[0]}]")

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from pacswap.ops import taps
+from pacswap.ops.measure import DERIVATIVE, PHI, Measure
 from pacswap.ops.precision import compute_dtype, differentiable_vjp
 from pacswap.ops.window import Window
 
 
-def squared_distance(guidance: Tensor, window: Window) -> Tensor:
-    """As `reference.squared_distance`; keeps only the (padded) guidance for the backward pass."""
+def tap_distance(
+    guidance: Tensor, centre: Tensor | None, window: Window, measure: Measure, channel_wise: bool
+) -> Tensor:
+    """As `reference.tap_distance`; keeps only the guidance (padded) and the centre for backward."""
     size = window.output_size(guidance.shape[-2], guidance.shape[-1])
-    return _SquaredDistance.apply(window.padded(guidance), window, size)
+    return _TapDistance.apply(window.padded(guidance), centre, window, size, measure, channel_wise)
 
 
 def pac_conv2d(
@@ -42,43 +45,61 @@ def attach_kernel_gradient(
     return _KernelGradient.apply(output, input, kernel, weight, window, groups)
 
 
-class _SquaredDistance(torch.autograd.Function):
+class _TapDistance(torch.autograd.Function):
     @staticmethod
-    def forward(padded: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-        rows, columns = _at(window, size, window.centre)
-        centre = padded[:, :, rows, columns]
-        distance = padded.new_zeros(padded.shape[0], window.taps, *size)
+    def forward(
+        padded: Tensor,
+        centre: Tensor | None,
+        window: Window,
+        size: tuple[int, int],
+        measure: Measure,
+        channel_wise: bool,
+    ) -> Tensor:
+        at = _centre(padded, centre, window, size)
+        channels = padded.shape[1] if channel_wise else 1
+        distance = padded.new_zeros(padded.shape[0], channels, window.taps, *size)
         for t, (rows, columns) in enumerate(window.slices(size)):
-            if t != window.centre:
-                difference = padded[:, :, rows, columns] - centre
-                torch.sum(difference.square_(), 1, out=distance[:, t])
+            if centre is None and t == window.centre:
+                continue  # the difference of a pixel to itself
+            values = PHI[measure](padded[:, :, rows, columns] - at)
+            distance[:, :, t] = values if channel_wise else values.sum(1, keepdim=True)
         return distance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        padded, ctx.window, ctx.size = inputs
-        ctx.save_for_backward(padded)
+        padded, centre, ctx.window, ctx.size, ctx.measure, ctx.channel_wise = inputs
+        ctx.has_centre = centre is not None
+        ctx.save_for_backward(*([padded] if centre is None else [padded, centre]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (padded,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        padded = ctx.saved_tensors[0]
+        centre = ctx.saved_tensors[1] if ctx.has_centre else None
         window, size = ctx.window, ctx.size
         if torch.is_grad_enabled():
-            (result,) = differentiable_vjp(
-                lambda f: taps.squared_distance(f, window.unpadded), [padded], [True], grad
+            results = differentiable_vjp(
+                lambda f, c: taps.tap_distance(
+                    f, c, window.unpadded, ctx.measure, ctx.channel_wise
+                ),
+                (padded, centre),
+                ctx.needs_input_grad[:2],
+                grad,
             )
-            return result, None, None
-        centre_rows, centre_columns = _at(window, size, window.centre)
-        centre = padded[:, :, centre_rows, centre_columns]
-        grad_padded = torch.zeros_like(padded)
-        grad_centre = torch.zeros_like(centre)
+            return *results, None, None, None, None
+        at = _centre(padded, centre, window, size)
+        grad_padded, grad_centre = torch.zeros_like(padded), torch.zeros_like(at)
         for t, (rows, columns) in enumerate(window.slices(size)):
-            if t != window.centre:
-                pull = (padded[:, :, rows, columns] - centre).mul_(2 * grad[:, t : t + 1])
-                grad_padded[:, :, rows, columns] += pull
-                grad_centre += pull
-        grad_padded[:, :, centre_rows, centre_columns] -= grad_centre
-        return grad_padded, None, None
+            if centre is None and t == window.centre:
+                continue
+            pull = DERIVATIVE[ctx.measure](padded[:, :, rows, columns] - at)
+            pull *= grad[:, :, t]
+            grad_padded[:, :, rows, columns] += pull
+            grad_centre -= pull
+        if centre is not None:
+            return grad_padded, grad_centre, None, None, None, None
+        rows, columns = _at(window, size, window.centre)
+        grad_padded[:, :, rows, columns] += grad_centre
+        return grad_padded, None, None, None, None, None
 
 
 class _PacConv2d(torch.autograd.Function):
@@ -90,13 +111,13 @@ class _PacConv2d(torch.autograd.Function):
         wide = compute_dtype(input.dtype)
         image = window.padded(input)
         padded = _channels_last(image, wide)  # [B, H', W', C_in]
-        factors = kernel[:, 0].to(wide)  # [B, KH*KW, H_out, W_out]
+        factors = _factors(kernel, wide)  # [KH*KW, B, H_out, W_out, 1 or C_in]
         filters = _filters(weight.to(wide), groups)  # [KH*KW, G, C_in/G, C_out/G]
         B, C_out = input.shape[0], weight.shape[0]
         output = padded.new_zeros(B, *size, C_out)
         seen = padded.new_empty(B, *size, input.shape[1])
         for t, (rows, columns) in enumerate(window.slices(size)):
-            torch.mul(padded[:, rows, columns], factors[:, t, :, :, None], out=seen)
+            torch.mul(padded[:, rows, columns], factors[t], out=seen)
             _add_product(output, seen, filters[t])
         return _channels_first(output, like=image, filter=weight)
 
@@ -166,7 +187,7 @@ def _gradients(
     size = (grad.shape[-2], grad.shape[-1])
     image = window.padded(input)
     padded = _channels_last(image, wide)
-    factors = kernel[:, 0].to(wide)
+    factors = _factors(kernel, wide)
     filters = _filters(weight.to(wide), groups)
     output = _channels_last(grad, wide)  # [B, H_out, W_out, C_out]
     grad_padded = torch.zeros_like(padded) if need_input else None
@@ -174,20 +195,20 @@ def _gradients(
     grad_filters = torch.zeros_like(filters) if need_weight else None
     for t, (rows, columns) in enumerate(window.slices(size)):
         seen = padded[:, rows, columns]
-        factor = factors[:, t, :, :, None]
         if grad_filters is not None:
-            _add_filter_gradient(grad_filters[t], seen * factor, output)
+            _add_filter_gradient(grad_filters[t], seen * factors[t], output)
         if grad_padded is None and grad_factors is None:
             continue
         pulled = torch.zeros_like(seen, memory_format=torch.contiguous_format)
         _add_product(pulled, output, filters[t].transpose(1, 2))
         if grad_factors is not None:
-            torch.sum(pulled * seen, -1, out=grad_factors[:, t])
+            product = pulled * seen
+            grad_factors[t] = product if factors.shape[-1] > 1 else product.sum(-1, keepdim=True)
         if grad_padded is not None:
-            grad_padded[:, rows, columns] += pulled.mul_(factor)
+            grad_padded[:, rows, columns] += pulled.mul_(factors[t])
     return [
         None if grad_padded is None else _unpadded(grad_padded, input, window),
-        None if grad_factors is None else grad_factors[:, None].to(kernel.dtype),
+        None if grad_factors is None else grad_factors.permute(1, 4, 0, 2, 3).to(kernel.dtype),
         None if grad_filters is None else _weight_layout(grad_filters, weight),
     ]
 
@@ -219,6 +240,14 @@ def _add_filter_gradient(grad_filters: Tensor, seen: Tensor, output: Tensor) -> 
         grad_filters.baddbmm_(left.permute(1, 2, 0), right.transpose(0, 1))
 
 
+def _centre(padded: Tensor, centre: Tensor | None, window: Window, size: tuple[int, int]) -> Tensor:
+    """f_p, [B, D, H_out, W_out]."""
+    if centre is not None:
+        return centre
+    rows, columns = _at(window, size, window.centre)
+    return padded[:, :, rows, columns]
+
+
 def _at(window: Window, size: tuple[int, int], tap: int) -> tuple[slice, slice]:
     return list(window.slices(size))[tap]
 
@@ -239,6 +268,11 @@ def _channels_first(x: Tensor, *, like: Tensor, filter: Tensor) -> Tensor:
     return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def _factors(kernel: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1 or C, KH*KW, H_out, W_out] to [KH*KW, B, H_out, W_out, 1 or C]."""
+    return kernel.to(dtype).permute(2, 0, 3, 4, 1)
+
+
 def _filters(weight: Tensor, groups: int) -> Tensor:
     """[C_out, C_in/G, KH, KW] to [KH*KW, G, C_in/G, C_out/G]."""
     C_out, c = weight.shape[:2]
@@ -253,10 +287,11 @@ def _weight_layout(filters: Tensor, weight: Tensor) -> Tensor:
 def _unpadded(grad_padded: Tensor, input: Tensor, window: Window) -> Tensor:
     """The gradient of the image from that of the image with its border."""
     grad = grad_padded.permute(0, 3, 1, 2)
-    left, right, top, bottom = window.pad
-    if window.padding_mode == "zeros" or not any(window.pad):
-        H, W = grad.shape[-2:]
-        return grad[:, :, top : H - bottom, left : W - right].to(input.dtype)
+    left, _, top, _ = window.pad
+    # A transposed convolution that cuts more than its reach has a negative border.
+    if min(window.pad) >= 0 and (window.padding_mode == "zeros" or not any(window.pad)):
+        H, W = input.shape[-2:]
+        return grad[:, :, top : top + H, left : left + W].to(input.dtype)
     # The other borders repeat pixels of the image: let torch send their gradient back.
     with torch.enable_grad():
         leaf = torch.empty_like(input, dtype=grad.dtype).requires_grad_()

@@ -10,23 +10,32 @@ from torch import Tensor
 
 from pacswap.errors import ShapeError, nearest_hint
 from pacswap.ops.backends import Backend, choose
+from pacswap.ops.mask import masked, valid_taps
+from pacswap.ops.measure import Measure
 from pacswap.ops.precision import check_floating, compute_dtype
-from pacswap.ops.window import Padding, Size2, Window, make_window
+from pacswap.ops.smoothing import smoothed_centre
+from pacswap.ops.window import Padding, Size2, Window, as_window
 
-FORMS = ("gaussian",)
+FORMS = ("gaussian", "laplacian", "inverse", "constant")
 NORMALIZATIONS = ("none", "sum", "mean")
 DISTANCES = ("sum", "mean")
 
 
 def adapting_kernel(
     guidance: Tensor,
-    kernel_size: Size2,
+    kernel_size: Size2 | Window,
     *,
     stride: Size2 = 1,
     padding: Padding = 0,
     dilation: Size2 = 1,
     padding_mode: str = "zeros",
-    form: Literal["gaussian"] = "gaussian",
+    form: Literal["gaussian", "laplacian", "inverse", "constant"] = "gaussian",
+    alpha: float | Tensor = 0.0,
+    lambd: float | Tensor = -1.0,
+    asymmetric: bool = False,
+    smoothing: Tensor | None = None,
+    channel_wise: bool = False,
+    mask: Tensor | None = None,
     distance: Literal["sum", "mean"] = "sum",
     bandwidth: float | Tensor = 1.0,
     standardize: bool = False,
@@ -36,18 +45,32 @@ def adapting_kernel(
 ) -> Tensor:
     """The factor by which each tap counts at each output pixel.
 
-    K(f_p, f_q) = exp(−½ · d² / bandwidth²), where d² is the squared difference of f_p and f_q,
-    summed or averaged over channels (Su et al., CVPR 2019, eq. 3; the defaults are the paper's).
-    Then the normalisation N, then the blend: 1 + blend · (N(K) − 1). See docs/math.md.
+    `gaussian`   K = exp(−½ · d² / bandwidth²)
+    `laplacian`  K = exp(−d₁ / bandwidth)
+    `inverse`    K = α + (d² / bandwidth² + 10⁻⁴)^(λ/2)
+    `constant`   K = 1
+
+    where d² is the squared and d₁ the absolute difference of f_p and f_q, summed or averaged over
+    channels (Su et al., CVPR 2019, section 3; the defaults are the paper's). Then the normalisation
+    N, then the blend, 1 + blend · (N(K) − 1), then the mask. See docs/math.md.
 
     Args:
         guidance: f, [B, D, H, W], float. Computed in float32 or better.
-        kernel_size: KH, KW; the centre of an even side is the earlier of its two middle taps.
+        kernel_size: KH, KW; the centre of an even side is the earlier of its two middle taps. Or a
+            `Window`, which has the next four options too.
         stride: as in `torch.nn.Conv2d`, like the next three.
         padding: pixels, `"same"` or `"valid"`; zero padding pads the guidance with zeros too.
         dilation: pixels between taps.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        form: `"gaussian"`.
+        form: `"gaussian"`, `"laplacian"`, `"inverse"` or `"constant"` (the capacity control).
+        alpha: α of the inverse form, a number, a scalar tensor, or [D] with `channel_wise`.
+        lambd: λ of the inverse form, likewise.
+        asymmetric: in the inverse form, only what exceeds the centre counts: relu(f_q − f_p).
+        smoothing: a filter [kh, kw] of odd sides (`smoothing_filter` makes one) by which f_p is
+            smoothed first; the features at the taps stay as they are.
+        channel_wise: a kernel for each channel of the guidance instead of one for all.
+        mask: [B, 1, H, W], above 0 where the input is valid. Invalid taps get 0, and without
+            normalisation the others are multiplied by (taps inside)/(valid taps).
         distance: `"sum"` over channels (the paper's) or `"mean"`.
         bandwidth: width of the kernel, in units of the guidance; a positive number or scalar
             tensor.
@@ -59,50 +82,104 @@ def adapting_kernel(
         backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
 
     Returns:
-        K, [B, 1, KH*KW, H_out, W_out], the dtype of `guidance`.
+        K, [B, 1, KH*KW, H_out, W_out] (D instead of 1 with `channel_wise`), the dtype of
+        `guidance`.
 
     Raises:
-        ShapeError: an option is out of range or the guidance has the wrong shape or dtype.
+        ShapeError: an option is out of range or a tensor has the wrong shape or dtype.
         BackendError: the named backend cannot run this call.
 
     Example:
         >>> adapting_kernel(torch.ones(1, 4, 8, 8), 3, padding=1).shape
         torch.Size([1, 1, 9, 8, 8])
     """
-    window = make_window(
+    window = as_window(
         kernel_size, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
     )
-    if guidance.dim() != 4:
-        raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
-    check_floating(guidance=guidance)
-    check_options(form=form, distance=distance, normalize=normalize, bandwidth=bandwidth)
+    check_options(
+        form=form,
+        distance=distance,
+        normalize=normalize,
+        bandwidth=bandwidth,
+        alpha=alpha,
+        lambd=lambd,
+        asymmetric=asymmetric,
+    )
+    _check_tensors(guidance, mask, smoothing, alpha, lambd, channel_wise)
     features = guidance.to(compute_dtype(guidance.dtype))
     if standardize:
         features = standardized(features)
-    squares = squared_distance(features, window, backend=backend)
-    if distance == "mean":
-        squares = squares / guidance.shape[1]
-    if isinstance(bandwidth, Tensor):
-        # Its square leaves the range of float16 at 256.
-        bandwidth = bandwidth.to(features.dtype)
-    kernel = torch.exp(-0.5 * squares / bandwidth**2)
-    kernel = _normalized(kernel, normalize, window, (guidance.shape[-2], guidance.shape[-1]))
-    kernel = blended(kernel[:, None], blend)
+    size = (guidance.shape[-2], guidance.shape[-1])
+    if form == "constant":
+        kernel = _ones(features, window, channel_wise)
+    else:
+        centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
+        measure = _measure(form, asymmetric)
+        d = choose(backend).tap_distance(features, centre, window, measure, channel_wise)
+        if distance == "mean" and not channel_wise:
+            d = d / guidance.shape[1]
+        kernel = _kernel_of(d, form, bandwidth, alpha, lambd)
+    valid = None if mask is None else valid_taps(mask, window)
+    kernel = blended(_normalized(kernel, normalize, window, size, valid), blend)
+    if valid is not None:
+        kernel = masked(kernel, valid, normalize, window, size)
     return kernel.to(guidance.dtype)
 
 
-def squared_distance(guidance: Tensor, window: Window, *, backend: Backend = "auto") -> Tensor:
-    """‖f_p − f_q‖² for every output pixel p and tap q, summed over channels.
+def _measure(form: str, asymmetric: bool) -> Measure:
+    if form == "laplacian":
+        return "absolute"
+    return "asymmetric" if asymmetric else "square"
+
+
+def _ones(features: Tensor, window: Window, channel_wise: bool) -> Tensor:
+    """K ≡ 1, [B, 1 or D, KH*KW, H_out, W_out]."""
+    B, D, H, W = features.shape
+    return features.new_ones(B, D if channel_wise else 1, window.taps, *window.output_size(H, W))
+
+
+def _kernel_of(
+    d: Tensor, form: str, bandwidth: float | Tensor, alpha: float | Tensor, lambd: float | Tensor
+) -> Tensor:
+    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out]."""
+    # A scalar in half precision would leave its range when squared (float16 at 256).
+    width, alpha, lambd = (
+        value.to(d.dtype) if isinstance(value, Tensor) else value
+        for value in (bandwidth, alpha, lambd)
+    )
+    if form == "laplacian":
+        return torch.exp(-d / width)
+    if form == "gaussian":
+        return torch.exp(-0.5 * d / width**2)
+    return _of_channels(alpha) + (d / width**2 + 1e-4) ** (0.5 * _of_channels(lambd))
+
+
+def _of_channels(value: float | Tensor) -> float | Tensor:
+    """A number for each channel, ready to meet [B, D, KH*KW, H_out, W_out]."""
+    return value[:, None, None, None] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def tap_distance(
+    guidance: Tensor,
+    window: Window,
+    *,
+    measure: Measure = "square",
+    channel_wise: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """How far each tap's features are from the centre's, Σ φ(f_q − f_p) over channels.
 
     Args:
         guidance: f, [B, D, H, W].
         window: the geometry.
+        measure: φ, `"square"`, `"absolute"` or `"asymmetric"` (the square of what is above 0).
+        channel_wise: leave the channels apart.
         backend: as in `adapting_kernel`.
 
     Returns:
-        [B, KH*KW, H_out, W_out], in the units of the guidance, squared.
+        [B, 1 or D, KH*KW, H_out, W_out].
     """
-    return choose(backend).squared_distance(guidance, window)
+    return choose(backend).tap_distance(guidance, None, window, measure, channel_wise)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:
@@ -139,25 +216,44 @@ def standardized(features: Tensor) -> Tensor:
     return centred * torch.rsqrt(variance + 1e-6 * mean.square() + 1e-12)
 
 
-def _normalized(kernel: Tensor, normalize: str, window: Window, size: tuple[int, int]) -> Tensor:
+def _normalized(
+    kernel: Tensor, normalize: str, window: Window, size: tuple[int, int], valid: Tensor | None
+) -> Tensor:
+    """N(K), [B, 1 or D, KH*KW, H_out, W_out]."""
     if normalize == "none":
         return kernel
     inside = window.inside(*size, kernel.device)
+    inside = None if inside is None else inside[:, None]
     if normalize == "mean":
         if inside is not None:
             # A centre in the padding has no guidance to compare with: all its taps count as 1.
-            inside = inside & inside[:, window.centre : window.centre + 1]
+            inside = inside & inside[:, :, window.centre : window.centre + 1]
             kernel = torch.where(inside, kernel, 1.0)
+        if valid is not None:
+            kernel = torch.where(valid, kernel, 0.0)
         # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
-        return kernel * window.taps / kernel.sum(1, keepdim=True)
+        return kernel * window.taps / _or_one(kernel.sum(2, keepdim=True))
+    inside = valid if valid is not None else inside
     if inside is not None:
         kernel = torch.where(inside, kernel, 0.0)
-    total = kernel.sum(1, keepdim=True)
-    # A window that lies in the padding entirely sees nothing: 0, not 0/0.
-    return kernel / torch.where(total == 0, 1.0, total)
+    return kernel / _or_one(kernel.sum(2, keepdim=True))
 
 
-def check_options(*, form: str, distance: str, normalize: str, bandwidth: float | Tensor) -> None:
+def _or_one(total: Tensor) -> Tensor:
+    """A sum to divide by; a window that sees nothing gives 0, not 0/0."""
+    return torch.where(total == 0, 1.0, total)
+
+
+def check_options(
+    *,
+    form: str,
+    distance: str,
+    normalize: str,
+    bandwidth: float | Tensor,
+    alpha: float | Tensor = 0.0,
+    lambd: float | Tensor = -1.0,
+    asymmetric: bool = False,
+) -> None:
     """Raise unless `adapting_kernel` knows these options.
 
     Raises:
@@ -172,3 +268,32 @@ def check_options(*, form: str, distance: str, normalize: str, bandwidth: float 
             raise ShapeError(f"{name}={value!r} is unknown. {nearest_hint(str(value), known)}")
     if not isinstance(bandwidth, Tensor) and not (bandwidth > 0 and math.isfinite(bandwidth)):
         raise ShapeError(f"bandwidth must be positive and finite, got {bandwidth!r}.")
+    for name, number in (("alpha", alpha), ("lambd", lambd)):
+        if not isinstance(number, Tensor) and not math.isfinite(number):
+            raise ShapeError(f"{name} must be finite, got {number!r}.")
+    if asymmetric and form != "inverse":
+        raise ShapeError(f"asymmetric belongs to form='inverse', got form={form!r}.")
+
+
+def _check_tensors(
+    guidance: Tensor,
+    mask: Tensor | None,
+    smoothing: Tensor | None,
+    alpha: float | Tensor,
+    lambd: float | Tensor,
+    channel_wise: bool,
+) -> None:
+    if guidance.dim() != 4:
+        raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
+    check_floating(guidance=guidance)
+    B, D, H, W = guidance.shape
+    if mask is not None and (mask.dim() != 4 or mask.shape[1:] != (1, H, W)):
+        raise ShapeError(f"mask must be [B, 1, H, W] = {[B, 1, H, W]}, got {list(mask.shape)}.")
+    if smoothing is not None and (smoothing.dim() != 2 or any(k % 2 == 0 for k in smoothing.shape)):
+        raise ShapeError(f"smoothing must be [kh, kw] of odd sides, got {list(smoothing.shape)}.")
+    for name, value in (("alpha", alpha), ("lambd", lambd)):
+        shape = list(value.shape) if isinstance(value, Tensor) else []
+        if shape and not (channel_wise and shape == [D]):
+            raise ShapeError(
+                f"{name} must be a number, or [D] = [{D}] with channel_wise=True, got {shape}."
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pacswap.ops.measure import PHI, Measure
 from pacswap.ops.window import Window
 
 
@@ -28,19 +29,25 @@ def gather(x: Tensor, window: Window) -> Tensor:
     )
 
 
-def squared_distance(guidance: Tensor, window: Window) -> Tensor:
-    """‖f_p − f_q‖² for every output pixel p and tap q.
+def tap_distance(
+    guidance: Tensor, centre: Tensor | None, window: Window, measure: Measure, channel_wise: bool
+) -> Tensor:
+    """How far each tap's features are from the centre's: Σ φ(f_q − f_p) over the channels.
 
     Args:
         guidance: f, [B, D, H, W].
+        centre: f_p, [B, D, H_out, W_out]; None takes it from the guidance at the centre tap.
         window: the geometry.
+        measure: φ, `square`, `absolute`, or `asymmetric` (the square of what is above 0).
+        channel_wise: leave the channels apart.
 
     Returns:
-        [B, KH*KW, H_out, W_out].
+        [B, 1 or D, KH*KW, H_out, W_out].
     """
     taps = gather(guidance, window)  # [B, D, KH*KW, H_out, W_out]
-    centre = taps[:, :, window.centre : window.centre + 1]
-    return (taps - centre).square().sum(1)
+    at = taps[:, :, window.centre] if centre is None else centre
+    values = PHI[measure](taps - at.unsqueeze(2))
+    return values if channel_wise else values.sum(1, keepdim=True)
 
 
 def pac_conv2d(

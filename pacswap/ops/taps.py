@@ -10,17 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pacswap.ops.measure import PHI, Measure
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
 
 
-def squared_distance(guidance: Tensor, window: Window) -> Tensor:
-    """As `reference.squared_distance`, one tap at a time."""
+def tap_distance(
+    guidance: Tensor, centre: Tensor | None, window: Window, measure: Measure, channel_wise: bool
+) -> Tensor:
+    """As `reference.tap_distance`, one tap at a time."""
     size = window.output_size(guidance.shape[-2], guidance.shape[-1])
     padded = window.padded(guidance)
     seen = [padded[:, :, rows, columns] for rows, columns in window.slices(size)]
-    centre = seen[window.centre]
-    return torch.stack([(tap - centre).square().sum(1) for tap in seen], dim=1)
+    at = seen[window.centre] if centre is None else centre
+    values = [PHI[measure](tap - at) for tap in seen]
+    if not channel_wise:
+        values = [value.sum(1, keepdim=True) for value in values]
+    return torch.stack(values, dim=2)
 
 
 def pac_conv2d(

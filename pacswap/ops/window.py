@@ -28,6 +28,7 @@ class Window:
         dilation: (vertical, horizontal), in pixels.
         pad: (left, right, top, bottom), in pixels, as `torch.nn.functional.pad` takes it.
         padding_mode: one of `PADDING_MODES`.
+        ceil: let a last window hang over the right and the bottom, as pooling's `ceil_mode` does.
     """
 
     kernel_size: tuple[int, int]
@@ -35,6 +36,7 @@ class Window:
     dilation: tuple[int, int]
     pad: tuple[int, int, int, int]
     padding_mode: str
+    ceil: bool = False
 
     @property
     def taps(self) -> int:
@@ -53,7 +55,7 @@ class Window:
     @property
     def unpadded(self) -> Window:
         """The same window over an image that has its border already, or needs none."""
-        return replace(self, pad=(0, 0, 0, 0), padding_mode="zeros")
+        return replace(self, pad=(0, 0, 0, 0), padding_mode="zeros", ceil=False)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) for an image of that size.
@@ -70,14 +72,31 @@ class Window:
                 f"dilation={self.dilation}, padding={self.pad} (left, right, top, bottom), "
                 f"image {height}×{width}. Use a larger image or more padding."
             )
-        return room_y // self.stride[0] + 1, room_x // self.stride[1] + 1
+        if not self.ceil:
+            return room_y // self.stride[0] + 1, room_x // self.stride[1] + 1
+        return (
+            _ceil_size(room_y, self.stride[0], height + top),
+            _ceil_size(room_x, self.stride[1], width + left),
+        )
+
+    def border(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom) of an image of that size: `pad`, and what hangs over."""
+        left, right, top, bottom = self.pad
+        if not self.ceil:
+            return self.pad
+        rows, columns = self.output_size(height, width)
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        below = (rows - 1) * self.stride[0] + reach[0] - (height + top + bottom)
+        beside = (columns - 1) * self.stride[1] + reach[1] - (width + left + right)
+        return left, right + max(beside, 0), top, bottom + max(below, 0)
 
     def padded(self, x: Tensor) -> Tensor:
-        """`x` [B, C, H, W] with its border, [B, C, H + top + bottom, W + left + right]."""
-        if not any(self.pad):
+        """`x` [B, C, H, W] with its border."""
+        border = self.border(x.shape[-2], x.shape[-1])
+        if not any(border):
             return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self.pad, mode=mode)
+        return F.pad(x, border, mode=mode)
 
     def slices(self, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
         """For each tap, the (rows, columns) of a padded image that the whole output sees."""
@@ -96,7 +115,7 @@ class Window:
         None means that every tap does, because nothing is padded or the border has values of its
         own.
         """
-        if self.padding_mode != "zeros" or not any(self.pad):
+        if self.padding_mode != "zeros" or not any(self.border(height, width)):
             return None
         size = self.output_size(height, width)
         image = self.padded(torch.ones(1, 1, height, width, device=device))[0, 0]
@@ -110,8 +129,9 @@ def make_window(
     padding: Padding = 0,
     dilation: Size2 = 1,
     padding_mode: str = "zeros",
+    ceil: bool = False,
 ) -> Window:
-    """Check and normalise the options of a convolution.
+    """Check and normalise the options of a convolution or a pooling.
 
     Args:
         kernel_size: KH·KW taps; an int for a square window.
@@ -120,6 +140,7 @@ def make_window(
             the input; stride 1 only; the odd pixel goes to the right and to the bottom).
         dilation: step between taps.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
+        ceil: let a last window hang over the right and the bottom; zero padding only.
 
     Raises:
         ShapeError: an option is out of range.
@@ -131,8 +152,38 @@ def make_window(
         raise ShapeError(
             f"padding_mode={padding_mode!r} is unknown. Known: {quoted(PADDING_MODES)}."
         )
+    if ceil and padding_mode != "zeros":
+        raise ShapeError(f"ceil needs padding_mode='zeros', got {padding_mode!r}.")
     pad = _resolve_padding(padding, size, strides, dilations)
-    return Window(size, strides, dilations, pad, padding_mode)
+    return Window(size, strides, dilations, pad, padding_mode, ceil)
+
+
+def as_window(
+    given: Size2 | Window,
+    *,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    padding_mode: str = "zeros",
+) -> Window:
+    """A `Window` as it is, or one of that `kernel_size` and the options of `make_window`.
+
+    Raises:
+        ShapeError: an option is out of range, or given beside a `Window`.
+    """
+    if not isinstance(given, Window):
+        return make_window(
+            given, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
+        )
+    if (stride, padding, dilation, padding_mode) != (1, 0, 1, "zeros"):
+        raise ShapeError("a Window has stride, padding and dilation itself. Leave them out.")
+    return given
+
+
+def _ceil_size(room: int, stride: int, start: int) -> int:
+    """How many windows there are if one may hang over; none may begin beyond the image."""
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= start else count
 
 
 def _resolve_padding(

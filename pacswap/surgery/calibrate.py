@@ -159,7 +159,7 @@ def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
     features = guidance.to(ops.compute_dtype(guidance.dtype))
     if kernel.standardize:
         features = ops.standardized(features)
-    squares = ops.squared_distance(features, _inner(window, features))
+    squares = ops.tap_distance(features, _inner(window, features))[:, 0]
     if kernel.distance == "mean":
         squares = squares / features.shape[1]
     off_centre = [t for t in range(window.taps) if t != window.centre]

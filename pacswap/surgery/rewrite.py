@@ -86,7 +86,7 @@ def revert(model: nn.Module) -> nn.Module:
     _check_revertible(model)
     for name, module in list(plain.named_modules()):
         if isinstance(module, PacConv2d):
-            _replace(plain, name, module.to_conv(), forget=("enabled", "guided_by"))
+            _replace(plain, name, module.to_conv(), forget=("enabled", "guided_by", "shared_filters"))
         if is_installed(module):
             uninstall(module)
     del vars(plain)[PLAN]

@@ -1,0 +1,98 @@
+"""What all pixel-adaptive layers have in common: a blend, a kernel, a switch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pacswap.errors import GuidanceError
+from pacswap.nn.kernel import AdaptingKernel
+
+
+class Adaptive:
+    """Mixin of a layer that adapts to a guidance.
+
+    At `blend` = 0 the layer is what it was before (a convolution, a pooling, nothing at all), and
+    `blend` has a gradient there; at 1 it is the paper's. It owns an `adapting_kernel`, or is given
+    the kernel that another layer's made.
+
+    Attributes:
+        blend: learnable scalar, dimensionless.
+        adapting_kernel: from a guidance to K; None for a layer that is always called with
+            `kernel=`.
+        enabled: False inside `pacswap.disabled`: the layer is then what it was before.
+        guided_by: set by surgery, for the message of a call that forgets the guidance.
+    """
+
+    blend: nn.Parameter
+    adapting_kernel: AdaptingKernel | None
+    enabled: bool
+    guided_by: str | None
+
+    def _adapt(self, blend: float, kernel: AdaptingKernel | None, like: Tensor | None) -> None:
+        """Add what is adaptive; device and dtype are those of `like`."""
+        zero = torch.zeros(()) if like is None else like.new_zeros((), requires_grad=False)
+        self.blend = nn.Parameter(torch.full_like(zero, blend))
+        self.adapting_kernel = kernel
+        self.enabled = True
+        self.guided_by = None
+
+    def _kernel(self, guidance: Tensor | None, kernel: Tensor | None) -> Tensor:
+        """K, as it was given or from the guidance.
+
+        Raises:
+            GuidanceError: neither or both are given, or there is nothing to make K.
+        """
+        name = type(self).__name__
+        if guidance is not None and kernel is not None:
+            raise GuidanceError(f"{name} takes a guidance or a kernel, got both. Leave one out.")
+        if kernel is not None:
+            return kernel
+        if guidance is None:
+            raise GuidanceError(self._missing_guidance())
+        if self.adapting_kernel is None:
+            raise GuidanceError(
+                f"this {name} shares the adapting kernel of another layer and has none of its own. "
+                "Call it with kernel=…"
+            )
+        made = self.adapting_kernel(guidance)
+        if made is None:
+            raise GuidanceError(
+                f"the adapting kernel of this {name} is disabled and the layer is not. Disable "
+                "both: `with pacswap.disabled(model):`."
+            )
+        return made
+
+    def _missing_guidance(self) -> str:
+        if self.guided_by is None:
+            name = type(self).__name__
+            return f"{name} was called without a guidance. Call it as layer(input, guidance)."
+        return (
+            f"{self.guided_by} was called on a path through the model that does not compute its "
+            "guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that "
+            "path with plain convolutions."
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether `blend` is exactly 0: what was there before is the answer to the last bit.
+
+        Asked on the CPU only: elsewhere looking at a value would stall the device, and under a
+        compiler there is no value to look at.
+        """
+        if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
+
+
+def toward(plain: Tensor, adapted: Tensor, blend: Tensor) -> Tensor:
+    """Plain + blend · (adapted − plain): exactly `plain` at 0 and `adapted` at 1.
+
+    Args:
+        plain: any shape, finite.
+        adapted: the same shape.
+        blend: scalar.
+
+    Returns:
+        The shape and dtype of `plain`.
+    """
+    return torch.lerp(plain, adapted.to(plain.dtype), blend.to(plain.dtype))
