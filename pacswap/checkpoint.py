@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pacswap.errors import CheckpointError, PacswapError, quoted
-from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
+from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe, recipe_data
 from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
 from pacswap.surgery.skeleton import skeleton
 from pacswap.zoo import Source, bare, build, identify, why_not_twin
@@ -127,16 +127,14 @@ def recipe_of(plan: Plan, source: Source) -> Recipe:
                 "args": dict(source.args),
                 "input_size": list(plan.input_shape[1:]),
             },
-            "swap": [_swap_section(group) for group in plan.record().groups],
+            **_sections(plan),
         }
     )
 
 
 def pinned(recipe: Recipe, plan: Plan) -> Recipe:
     """A recipe with its patterns replaced by the layers that they matched, and its image size."""
-    sections = [_swap_section(group) for group in plan.record().groups]
-    data = recipe.model_dump(by_alias=True)
-    data["swap"] = sections
+    data = recipe_data(recipe) | _sections(plan)
     data["model"]["input_size"] = list(plan.input_shape[1:])
     return Recipe.model_validate(data)
 
@@ -149,8 +147,8 @@ def source_of(recipe: Recipe, *, weights: bool = True) -> Source:
 
 
 def groups_of(recipe: Recipe) -> tuple[Group, ...]:
-    """What a recipe's swap section asks for."""
-    return tuple(section.to_spec() for section in recipe.swap)
+    """What a recipe asks for, in the order of its operations."""
+    return tuple(section.to_group(operation) for operation, _, section in recipe.sections())
 
 
 def example_of(loaded: LoadedRecipe, model: nn.Module) -> torch.Tensor:
@@ -315,9 +313,22 @@ def _checked(given: Source | Mapping[str, Any], plain: nn.Module) -> Source:
     return source
 
 
-def _swap_section(group: Group) -> dict[str, Any]:
+def _sections(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """The groups of a plan as the sections of a recipe."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for group in plan.record().groups:
+        sections.setdefault(group.operation, []).append(_section(group))
+    return sections
+
+
+def _section(group: Group) -> dict[str, Any]:
     guidance = asdict(group.guidance)
     source = guidance.pop("source")
     guidance["from"] = list(source) if isinstance(source, tuple) else source
     layers = group.layers if isinstance(group.layers, tuple) else (group.layers,)
-    return {"layers": list(layers), "guidance": guidance, "kernel": asdict(group.kernel)}
+    section = {"layers": list(layers), "guidance": guidance, "kernel": asdict(group.kernel)}
+    if group.filter is not None:
+        section["filter"] = asdict(group.filter)
+    if group.crf is not None:
+        section["crf"] = asdict(group.crf)
+    return section

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pacswap.errors import PacswapError
+
+if TYPE_CHECKING:
+    from pacswap.surgery.spec import Operation
 
 app = typer.Typer(
     name="pacswap",
@@ -217,10 +220,16 @@ def ls_models(
 @ls.command("layers")
 def ls_layers(
     model: Annotated[str, typer.Argument(help="A model's name, or library/name.")],
+    operation: Annotated[
+        str,
+        typer.Option(
+            "--operation", help="swap (convolutions), pool, upsample or append (what gives logits)."
+        ),
+    ] = "swap",
     trust_python: TrustPython = False,
     as_json: AsJson = False,
 ) -> None:
-    """List a model's spatial convolutions in the order in which they run."""
+    """List what an operation can change in a model, in the order in which it runs."""
     from pacswap.surgery import default_input, layers
     from pacswap.zoo import build, input_size
 
@@ -228,12 +237,13 @@ def ls_layers(
     network = build(source, meta=True, trust_python=trust_python)
     example = default_input(network)
     size = input_size(source, network)
-    infos = layers(network, example if size is None else example.new_empty(1, *size))
+    example = example if size is None else example.new_empty(1, *size)
+    infos = layers(network, example, operation=cast("Operation", operation))
     if as_json:
         rows = [
             {
                 "name": info.name,
-                "convolution": info.conv,
+                "what": info.what,
                 "output_shape": info.output_shape and list(info.output_shape),
                 "refusal": info.refusal,
             }
@@ -244,8 +254,10 @@ def ls_layers(
     table = []
     for info in infos:
         shape = "–" if info.output_shape is None else "×".join(map(str, info.output_shape[2:]))
-        table.append([info.name, info.conv, shape, info.refusal or "yes"])
-    _table(["layer", "convolution", "output", "can be swapped"], table)
+        table.append([info.name, info.what, shape, info.refusal or "yes"])
+    swaps = operation == "swap"
+    what, verdict = ("convolution", "can be swapped") if swaps else ("what it is", "can be changed")
+    _table(["layer", what, "output", verdict], table)
 
 
 def _source(model: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pacswap.surgery import Plan, Verification
 from pacswap.surgery.modes import kept_modes
+from pacswap.surgery.words import deed
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Report:
         widths = "\n".join(f"| `{k}` | {v:.3g} |" for k, v in self.bandwidths.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return (
-            f"# {self.model}: {len(self.plan.layers)} convolutions swapped, {verdict}\n\n"
+            f"# {self.model}: {deed(self.plan)}, {verdict}\n\n"
             f"Recipe: `{self.recipe}`\n\n```text\n{self.plan}\n```\n\n"
             "## The promises, measured\n\n| | check | holds | measured |\n|---|---|---|---|\n"
             f"{checks}\n\n"
@@ -103,7 +104,7 @@ class Report:
             f"{latency.pairs} pairs in turns: before {1e3 * latency.before:.1f} ms, after "
             f"{1e3 * latency.after:.1f} ms, ratio {latency.ratio:.2f} "
             f"({latency.lowest:.2f} … {latency.highest:.2f}). Timed with every blend at 0.5; at 0 "
-            "the layers run as plain convolutions on the CPU.\n\n"
+            "a swapped convolution runs as the plain one on the CPU.\n\n"
             + (f"## Bandwidths\n\n| layer | bandwidth |\n|---|---|\n{widths}\n\n" if widths else "")
             + f"Measured with {versions}.\n"
         )
@@ -117,7 +118,8 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         layers.append(
             {
                 "name": layer.name,
-                "convolution": layer.conv,
+                "operation": layer.operation,
+                "what": layer.what,
                 "guidance": list(guidance.sources),
                 "guidance_channels": guidance.channels,
                 "kernel": asdict(kernel.spec),

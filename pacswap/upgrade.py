@@ -25,6 +25,7 @@ from pacswap.recipes import LoadedRecipe, find_recipe, load_recipe
 from pacswap.report import Report, measure_latency, versions
 from pacswap.surgery import Plan, calibrate, pac_layers, plan_groups, rewrite, verify
 from pacswap.surgery.calibrate import calibration_batch
+from pacswap.surgery.spec import Operation
 from pacswap.zoo import build, normalization
 
 Progress = Callable[[str], None]
@@ -144,7 +145,12 @@ def planned(loaded: LoadedRecipe, model: nn.Module) -> Plan:
     """
     recipe = loaded.recipe
     name = f"{recipe.model.library} {recipe.model.name}"
-    command = f"List them: pacswap ls layers {recipe.model.library}/{recipe.model.name}"
+    places = [(operation, index) for operation, index, _ in recipe.sections()]
+
+    def command(operation: Operation) -> str:
+        option = "" if operation == "swap" else f" --operation {operation}"
+        return f"List them: pacswap ls layers {recipe.model.library}/{recipe.model.name}{option}"
+
     try:
         return plan_groups(
             model, groups_of(recipe), example_of(loaded, model), list_command=command
@@ -155,8 +161,9 @@ def planned(loaded: LoadedRecipe, model: nn.Module) -> Plan:
             path: tuple[str | int, ...] = ("model",)
             spelled = "model"
             if fault.group is not None:
-                path = ("swap", fault.group, *([fault.field] if fault.field else []))
-                spelled = f"swap[{fault.group}]" + (f".{fault.field}" if fault.field else "")
+                operation, index = places[fault.group]
+                path = (operation, index, *([fault.field] if fault.field else []))
+                spelled = f"{operation}[{index}]" + (f".{fault.field}" if fault.field else "")
             lines.append(f"{loaded.where(path)}: {spelled}: {fault.message}")
         head = f"{loaded.path} cannot be carried out on {name}, {len(lines)} faults:\n"
         raise RecipeError((head if len(lines) > 1 else "") + "\n".join(lines)) from error

@@ -19,7 +19,7 @@ MISFIT = ". Use the file of this very network, or mend model.name and model.args
 RECIPES = {
     "misspelt key": ("channels", "chanels", "r.yaml:6:30: swap[0].guidance.chanels: unknown key. Nearest: 'channels'."),
     "two faults": ("channels: 4", "chanels: 4, resize: cubic", "r.yaml has 2 faults:\nr.yaml:6:30: swap[0].guidance.chanels: unknown key. Nearest: 'channels'.\nr.yaml:6:50: swap[0].guidance.resize: expected 'bilinear', 'nearest' or 'area', got 'cubic'."),
-    "a bare text": (RECIPE, "hello\n", "r.yaml:1:1: expected a mapping of 'version', 'model', 'calibration', 'swap', 'finetune', got 'hello'."),
+    "a bare text": (RECIPE, "hello\n", "r.yaml:1:1: expected a mapping of 'version', 'model', 'calibration', 'swap', 'pool', 'upsample', 'append', 'finetune', got 'hello'."),
     "not YAML": ("[3, 48", "[3, 48]", "r.yaml:3:82: not YAML: while parsing a flow mapping from 3:8, expected ',' or '}', but got ']'."),
     "code in YAML": ("null", "!!python/object/apply:os.system [touch ran]", "r.yaml:3:53: model.weights: the tag '!!python/object/apply:os.system' is not read: a recipe is plain data. Remove the tag."),
     "library": ("pacswap", "torchvison", "r.yaml:3:18: model.library: expected 'timm', 'torchvision', 'python' or 'pacswap', got 'torchvison'. Nearest: 'torchvision'."),

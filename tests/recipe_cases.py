@@ -48,7 +48,7 @@ SWAP = GOOD[GOOD.index("\n  - layers") : GOOD.index("\nfinetune")]
 EDITS = {
     "misspelt key": ("channels:", "chanels:", "recipe.yaml:9:39: swap[0].guidance.chanels: unknown key. Nearest: 'channels'."),
     "misspelt required key": ("swap:", "swop:", "recipe.yaml:7:1: swop: unknown key. Nearest: 'swap'."),
-    "unknown key": ("finetune:", "x: 1\nfinetune:", "recipe.yaml:11:1: x: unknown key. Known: 'version', 'model', 'calibration', 'swap', 'finetune'."),
+    "unknown key": ("finetune:", "x: 1\nfinetune:", "recipe.yaml:11:1: x: unknown key. Known: 'version', 'model', 'calibration', 'swap', 'pool', 'upsample', 'append', 'finetune'."),
     "missing key": ("  name: fcn_resnet50\n", "", "recipe.yaml:2:1: model.name: missing key. Expected: the model's name in its library."),
     "missing version": ("version: 1\n", "", "recipe.yaml:1:1: version: missing key. Expected: the version of the recipe's format: 1."),
     "newer version": ("version: 1\n", "version: 2\nnew: 1\n", "recipe.yaml:1:10: version: expected 1, the version this pacswap reads, got the newer 2. Upgrade: pip install --upgrade pacswap"),
@@ -115,7 +115,7 @@ EDITS = {
 recipe.yaml has 3 faults:
 recipe.yaml:10:14: swap[0].kernel.blnd: unknown key. Nearest: 'blend'.
 recipe.yaml:10:34: swap[0].kernel.normalize: expected 'none', 'sum' or 'mean', got 'all'.
-recipe.yaml:11:11: swap[0].kernel.form: expected 'gaussian', got 3."""),
+recipe.yaml:11:11: swap[0].kernel.form: expected 'gaussian', 'laplacian', 'inverse' or 'constant', got 3."""),
     "syntax and schema": ("version: 1\n", "version: 1\nversion: 2\nmodle: 1\n", """\
 recipe.yaml has 2 faults:
 recipe.yaml:2:1: version: the key is here twice, first at 1:1. Keep one.
@@ -126,7 +126,7 @@ BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(
 )
 MANY = "more than 20000 values, aliases (*) written out. Make the recipe smaller."
 DEEP = "more than 32 lists and mappings in one another. Make the recipe flatter."
-KEYS = "'version', 'model', 'calibration', 'swap', 'finetune'"
+KEYS = "'version', 'model', 'calibration', 'swap', 'pool', 'upsample', 'append', 'finetune'"
 # id: (the file, the message)
 FILES = {
     "empty": (b"", "recipe.yaml:1:1: holds nothing but blank lines and comments."),

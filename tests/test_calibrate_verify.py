@@ -188,7 +188,7 @@ EVAL, TRAIN = "same output in eval mode", "same output in train mode"
 LEARNS, ALL_LEARN = "every swapped layer learns", "after one step everything added learns"
 KEYS, LOADS = "state_dict keys and values kept", "the original checkpoint loads strictly"
 REVERTS = "revert gives the original back"
-GUIDED = "every planned layer is swapped and guided"
+GUIDED = "every planned layer is in place and guided"
 
 
 class Numb(pacswap.nn.PacConv2d):
@@ -309,7 +309,7 @@ ok    2  after one step everything added learns: 2 of 2 have a gradient
 ok    3  state_dict keys and values kept: 9 of 9 kept, 2 added
 ok    3  the original checkpoint loads strictly: yes
 ok    4  revert gives the original back: 0 tensors differ, relative difference 0.0e+00
-ok    5  every planned layer is swapped and guided: 1 of 1 answer to their guidance"""
+ok    5  every planned layer is in place and guided: 1 of 1 answer to their guidance"""
     )
 
 

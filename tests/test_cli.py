@@ -79,7 +79,7 @@ def test_apply(run):
     ]
     model = pacswap.load("out")
     assert json.loads(Path("out/report.json").read_text())["passed"] is True
-    assert Path("out/report.md").read_text().startswith("# scene_net: 1 convolutions swapped, all")
+    assert Path("out/report.md").read_text().startswith("# scene_net: 1 convolution swapped, all")
     image = torch.rand(1, 3, 48, 48)
     torch.manual_seed(0)
     plain = build(Source("pacswap", "scene_net")).eval()
@@ -187,7 +187,7 @@ KEYS = {
     "ls": "name summary",
     "ls recipes": "name summary",
     "ls models pacswap": "library name",
-    "ls layers scene_net": "name convolution output_shape refusal",
+    "ls layers scene_net": "name what output_shape refusal",
 }
 
 
@@ -205,7 +205,7 @@ def test_json_of_a_plan(run):
     assert data["input_shape"] == [1, 3, 48, 48]
     assert [layer["name"] for layer in data["layers"]] == ["head.conv"]
     assert " ".join(data["layers"][0]) == (
-        "name convolution guidance guidance_channels kernel output_size"
+        "name operation what guidance guidance_channels kernel output_size"
     )
 
 

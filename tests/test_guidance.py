@@ -80,9 +80,9 @@ def test_a_disabled_adapting_kernel_computes_nothing(empty):
 
 def test_repr_of_an_adapting_kernel():
     assert repr(AdaptingKernel((3, 5), stride=2, padding=1, **DESIGN)) == (
-        "AdaptingKernel(kernel_size=(3, 5), stride=2, padding=1, dilation=1, "
+        "AdaptingKernel(kernel_size=(3, 5), stride=(2, 2), pad=(1, 1, 1, 1), dilation=(1, 1), "
         "padding_mode='zeros', form='gaussian', distance='mean', standardize=True, "
-        "normalize='mean')"
+        "normalize='mean', smoothing='none', channel_wise=False)"
     )
 
 

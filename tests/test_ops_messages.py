@@ -79,7 +79,7 @@ SHAPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "dilation_0": (lambda: kernel(dilation=0), "dilation must be at least 1, got 0."),
     "guidance_3d": (lambda: kernel(torch.zeros(3, 4, 5)), "guidance must be [B, D, H, W], got [3, 4, 5]."),
     "guidance_int": (lambda: kernel(torch.zeros(1, 3, 4, 5, dtype=torch.int64)), FLOATING + "guidance torch.int64 on cpu."),
-    "form": (lambda: kernel(form="gausian"), "form='gausian' is unknown. Nearest: 'gaussian'."),
+    "form": (lambda: kernel(form="gausian"), "form='gausian' is unknown. Nearest: 'gaussian', 'laplacian'."),
     "distance": (lambda: kernel(distance="l1"), "distance='l1' is unknown. Known: 'sum', 'mean'."),
     "normalize": (lambda: kernel(normalize=None), "normalize=None is unknown. Nearest: 'none'."),
     "bandwidth_0": (lambda: kernel(bandwidth=0), "bandwidth must be positive and finite, got 0."),

@@ -106,10 +106,10 @@ WRONG: dict[str, Wrong] = {
     "odd_groups": Wrong(
         "6 faults in the request:\n"
         "  - groups[0]: expected a pacswap.Group or a mapping, got 3.\n"
-        "  - groups[1].layer: unknown key. Nearest: 'layers'.\n"
+        "  - groups[1].layer: unknown key. Nearest: 'layers', 'filter'.\n"
         "  - groups[1].layers: missing.\n"
         "  - groups[1].guidance: missing.\n"
-        "  - groups[2].kernel.form: expected one of 'gaussian', got 'box'.\n"
+        "  - groups[2].kernel.form: expected one of 'gaussian', 'laplacian', 'inverse', 'constant', got 'box'.\n"
         "  - groups[2].kernel.blend: expected a finite number, got None.",
         layers=None,
         guidance=None,

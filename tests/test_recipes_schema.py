@@ -19,6 +19,7 @@ from pacswap.recipes import (
     find_recipe,
     library,
     load_recipe,
+    recipe_data,
     recipe_schema,
     shipped_recipes,
     summary,
@@ -97,15 +98,17 @@ def test_what_a_good_recipe_says():
         0.001,
         {"default": 0.0001, "added": 0.001},
     ]
-    assert recipe.swap[0].to_spec() == Group(
-        ("backbone.layer4.2.conv2",), GuidanceSpec("backbone.layer1", 16)
+    assert recipe.swap[0].to_group("swap") == Group(
+        ("backbone.layer4.2.conv2",),
+        GuidanceSpec("backbone.layer1", 16),
+        KernelSpec(normalize="none"),
     )
 
 
 def test_what_a_rich_recipe_says():
     recipe = load(RICH).recipe
     assert recipe.model.weights_file == "../w.safetensors"
-    assert [group.to_spec() for group in recipe.swap] == [
+    assert [group.to_group("swap") for group in recipe.swap] == [
         Group(
             LayerQuery("Conv2d", (3, 5), 1, last_of_stage=True, exclude=("a*", "b")),
             GuidanceSpec(("input", "re:layer[12]")),
@@ -204,7 +207,7 @@ def test_dump_round_trips(text):
 def test_dump_is_read_alike_by_yaml_1_1():
     recipe = load(RICH).recipe
     assert yaml.safe_load(dump_recipe(recipe)) == yaml.safe_load(
-        yaml.safe_dump(recipe.model_dump(by_alias=True))
+        yaml.safe_dump(recipe_data(recipe))
     )
 
 
@@ -221,8 +224,8 @@ def fits(data, schema, root):
     if "$ref" in schema:
         return fits(data, root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root)
     for word, enough in (("anyOf", any), ("allOf", all), ("oneOf", lambda hits: sum(hits) == 1)):
-        if word in schema:
-            return enough(fits(data, branch, root) for branch in schema[word])
+        if word in schema and not enough(fits(data, branch, root) for branch in schema[word]):
+            return False
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     kinds |= {"integer": int, "number": (int, float)}
     kind = kinds[schema["type"]] if "type" in schema else object

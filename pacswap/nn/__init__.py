@@ -2,9 +2,11 @@
 
 from pacswap.nn.adaptive import Adaptive, toward
 from pacswap.nn.conv import PacConv2d
+from pacswap.nn.crf import PacCRF, PairwiseKernel
 from pacswap.nn.filter import PacFilter2d
-from pacswap.nn.guidance import Guidance, resize_guidance, why_not_project
+from pacswap.nn.guidance import Guidance, resize_guidance, size_of, why_not_project
 from pacswap.nn.kernel import AdaptingKernel, KernelOptions, TransposedKernel
+from pacswap.nn.pairwise import PairwiseTerm, reduced
 from pacswap.nn.pool import PacPool2d
 from pacswap.nn.transpose import PacConvTranspose2d
 
@@ -13,12 +15,17 @@ __all__ = [
     "Adaptive",
     "Guidance",
     "KernelOptions",
+    "PacCRF",
     "PacConv2d",
     "PacConvTranspose2d",
     "PacFilter2d",
     "PacPool2d",
+    "PairwiseKernel",
+    "PairwiseTerm",
     "TransposedKernel",
+    "reduced",
     "resize_guidance",
+    "size_of",
     "toward",
     "why_not_project",
 ]

@@ -37,8 +37,10 @@ class Adaptive:
         self.enabled = True
         self.guided_by = None
 
-    def _kernel(self, guidance: Tensor | None, kernel: Tensor | None) -> Tensor:
-        """K, as it was given or from the guidance.
+    def _kernel(
+        self, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """K, as it was given or from the guidance (and the mask of the input).
 
         Raises:
             GuidanceError: neither or both are given, or there is nothing to make K.
@@ -55,7 +57,8 @@ class Adaptive:
                 f"this {name} shares the adapting kernel of another layer and has none of its own. "
                 "Call it with kernel=…"
             )
-        made = self.adapting_kernel(guidance)
+        masked = {} if mask is None else {"mask": mask}
+        made = self.adapting_kernel(guidance, **masked)
         if made is None:
             raise GuidanceError(
                 f"the adapting kernel of this {name} is disabled and the layer is not. Disable "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
-from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.adaptive import Adaptive, toward
 from pacswap.nn.kernel import AdaptingKernel, KernelOptions
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
@@ -186,19 +186,23 @@ class PacConv2d(Adaptive, nn.Conv2d):
     def _masked(
         self, input: Tensor, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if kernel is not None or guidance is None or self.adapting_kernel is None:
-            raise GuidanceError(
-                "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
-            )
-        made = self.adapting_kernel(guidance, mask=mask)
-        assert made is not None
         valid = ops.valid_taps(mask, self.window)
-        # The blend moves between the masked convolution and the masked PAC, so taps stay masked.
         H, W = mask.shape[-2:]
-        plain = ops.masked(torch.ones_like(made), valid, "none", self.window, (H, W))
-        blended = plain + self.blend.to(made.dtype) * (made - plain)
-        seen = ops.output_mask(mask, self.window).to(input.dtype)
-        return self._pac(input, blended.to(input.dtype)) * seen, seen
+        ones = input.new_ones(input.shape[0], 1, 1, 1, 1)
+        blended = ops.masked(ones, valid, "none", self.window, (H, W))
+        if self.enabled:
+            if kernel is not None or guidance is None:
+                raise GuidanceError(
+                    "a mask enters where K is made. Call the layer as layer(input, guidance, "
+                    "mask=…)."
+                )
+            made = self._kernel(guidance, None, mask)
+            # Between the masked convolution and the masked PAC, so that taps stay masked.
+            blended = toward(blended, made, self.blend)
+        seen = valid.any(2)
+        # What is not valid may be anything, NaN too.
+        output = self._pac(input.masked_fill(mask <= 0, 0), blended)
+        return output * seen, seen.to(input.dtype)
 
     @classmethod
     def from_conv(
@@ -265,5 +269,5 @@ class PacConv2d(Adaptive, nn.Conv2d):
         )
         conv.weight, conv.bias = self.weight, self.bias
         if self.shared_filters:
-            conv.weight = nn.Parameter(self.filters.detach().clone())
+            conv.weight = nn.Parameter(self.filters.detach().clone(), self.weight.requires_grad)
         return conv.train(self.training)

@@ -68,6 +68,8 @@ class Guidance(nn.Module):
         if not self.enabled:
             return None
         first = features[0]
+        if self.project is not None and len(features) > 1 and not self.position:
+            return self._projected(features)
         maps = [resize_guidance(f, first, "bilinear") for f in features]
         if self.position:
             maps = [_positions(first), *maps]
@@ -76,6 +78,24 @@ class Guidance(nn.Module):
             joined = joined.detach()
         return joined if self.project is None else self.project(joined)
 
+    def _projected(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Project each map at its own resolution, then resize and add.
+
+        That is the projection of the concatenation, because both are linear, without 64 channels of
+        an early layer at the resolution of the image.
+        """
+        assert self.project is not None
+        total: Tensor | None = None
+        start = 0
+        for f in features:
+            weight = self.project.weight[:, start : start + f.shape[1]]
+            start += f.shape[1]
+            part = F.conv2d(f.detach() if self.detach else f, weight)
+            part = resize_guidance(part, features[0], "bilinear")
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         return (
@@ -83,20 +103,23 @@ class Guidance(nn.Module):
         )
 
 
-@overload
-def resize_guidance(guidance: Tensor, like: Tensor, mode: Resize) -> Tensor: ...
+Like: TypeAlias = "Tensor | tuple[int, int]"
 
 
 @overload
-def resize_guidance(guidance: None, like: Tensor, mode: Resize) -> None: ...
+def resize_guidance(guidance: Tensor, like: Like, mode: Resize) -> Tensor: ...
 
 
-def resize_guidance(guidance: Tensor | None, like: Tensor, mode: Resize) -> Tensor | None:
+@overload
+def resize_guidance(guidance: None, like: Like, mode: Resize) -> None: ...
+
+
+def resize_guidance(guidance: Tensor | None, like: Like, mode: Resize) -> Tensor | None:
     """Bring adapting features to a layer's resolution.
 
     Args:
         guidance: [B, D, H, W], or None where guidance is disabled.
-        like: the layer's input, [B, C, H', W'].
+        like: what has the resolution: a tensor [B, C, H', W'] or (H', W').
         mode: `"bilinear"` (the paper's), `"nearest"` or `"area"` (average pooling, for much smaller
             targets).
 
@@ -105,11 +128,17 @@ def resize_guidance(guidance: Tensor | None, like: Tensor, mode: Resize) -> Tens
     """
     if guidance is None:
         return None
-    if guidance.shape[-2:] == like.shape[-2:]:
+    size = size_of(like)
+    if guidance.shape[-2:] == size:
         return guidance
     if mode == "bilinear":
-        return F.interpolate(guidance, size=like.shape[-2:], mode=mode, align_corners=False)
-    return F.interpolate(guidance, size=like.shape[-2:], mode=mode)
+        return F.interpolate(guidance, size=size, mode=mode, align_corners=False)
+    return F.interpolate(guidance, size=size, mode=mode)
+
+
+def size_of(like: Like) -> tuple[int, int]:
+    """(H, W) of a tensor [B, C, H, W], or of itself."""
+    return like if isinstance(like, tuple) else (like.shape[-2], like.shape[-1])
 
 
 def why_not_project(in_channels: int | None, channels: int | None) -> str | None:

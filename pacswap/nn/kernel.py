@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -170,7 +171,7 @@ class AdaptingKernel(nn.Module):
 
         Args:
             guidance: f, [B, D, H, W].
-            mask: [B, 1, H, W], above 0 where the input is valid.
+            mask: as in `ops.adapting_kernel`, above 0 where the input is valid.
 
         Returns:
             K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
@@ -184,11 +185,16 @@ class AdaptingKernel(nn.Module):
             numbers["bandwidth"] = self.log_bandwidth.to(wide).exp()
         if self.form == "inverse":
             numbers |= {"alpha": self.alpha, "lambd": self.lambd, "asymmetric": self.asymmetric}
+        smoothing = self.smoothing_filter
+        if smoothing is not None and self.smoothing == "box":
+            # Of sum 1 again, where a half precision has rounded it.
+            smoothing = smoothing.to(ops.compute_dtype(guidance.dtype))
+            smoothing = smoothing / smoothing.sum()
         return ops.adapting_kernel(
             guidance,
             self.window,
             form=self.form,
-            smoothing=self.smoothing_filter,
+            smoothing=smoothing,
             channel_wise=self.channel_wise,
             mask=mask,
             distance=self.distance,
@@ -257,20 +263,32 @@ class TransposedKernel(AdaptingKernel):
             raise ShapeError("a transposed kernel takes no mask: the inserted zeros are one.")
         if not self.enabled or guidance is None or self.normalize == "none":
             return super().forward(guidance)
-        size = self._input_size(guidance.shape[-2], guidance.shape[-1])
-        inserted = ops.inserted_mask(size, self.transposed, self.steps, guidance.device)
-        kernel = super().forward(guidance, mask=inserted.expand(guidance.shape[0], -1, -1, -1))
+        seen = self._seen(guidance)
+        kernel = super().forward(guidance, mask=seen)
         if self.normalize == "sum" or kernel is None:
             return kernel
-        counted = ops.valid_taps(inserted, self.window).sum(2, keepdim=True)
+        counted = seen.sum(2, keepdim=True).to(ops.compute_dtype(kernel.dtype))
         return kernel * (counted / self.window.taps).to(kernel.dtype)
 
-    def _input_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of the input that gives an output of that size."""
+    def _seen(self, guidance: Tensor) -> Tensor:
+        """Which taps lie on a pixel of the input: bool [1, 1, KH*KW, H_out, W_out]."""
         left, right, top, bottom = self.transposed.pad
-        reach = [
-            d * (k - 1)
-            for d, k in zip(self.transposed.dilation, self.transposed.kernel_size, strict=True)
-        ]
-        rows = (height - 1 - top - bottom + reach[0]) // self.steps[0] + 1
-        return rows, (width - 1 - left - right + reach[1]) // self.steps[1] + 1
+        rows, below = self._input_side(0, guidance.shape[-2], top, bottom)
+        columns, beside = self._input_side(1, guidance.shape[-1], left, right)
+        image = torch.ones(1, 1, rows, columns, device=guidance.device)
+        window = replace(self.transposed, pad=(left, left + beside, top, top + below))
+        return ops.valid_taps(ops.insert_zeros(image, self.steps), window)
+
+    def _input_side(self, axis: int, side: int, before: int, after: int) -> tuple[int, int]:
+        """The side of the input for that of an output, and the output's padding.
+
+        The output's padding of this call, which `output_size` may have set, is less than the
+        stride; the layer's own can be more where the dilation is.
+        """
+        step = self.steps[axis]
+        reach = self.transposed.dilation[axis] * (self.transposed.kernel_size[axis] - 1)
+        own = after - before
+        least = own if own >= step else 0
+        bare = side - 1 - 2 * before + reach  # (side of the input − 1) · step + output padding
+        count = (bare - least) // step + 1
+        return count, bare - (count - 1) * step

@@ -137,7 +137,12 @@ class PacPool2d(Adaptive, nn.Module):
             channels: as for the class.
             like: a tensor whose device and dtype the parameters get.
             **kernel_options: as for the class.
+
+        Raises:
+            ShapeError: the layer returns indices, or an option is out of range.
         """
+        if getattr(pool, "return_indices", False):
+            raise ShapeError("a pooling with return_indices=True has no pixel-adaptive twin.")
         layer = cls(
             pool.kernel_size,
             pool.stride,

@@ -9,25 +9,41 @@ from pacswap.recipes.finetune import (
     StageSection,
     TransformSection,
 )
-from pacswap.recipes.library import copy_recipe, find_recipe, shipped_recipes, summary
-from pacswap.recipes.loader import LoadedRecipe, load_recipe
-from pacswap.recipes.schema import (
-    CalibrationSection,
+from pacswap.recipes.groups import (
+    AppendSection,
+    CRFSection,
+    FilterSection,
+    GroupSection,
     GuidanceSection,
     KernelSection,
     LayerQuerySection,
+    PairwiseSection,
+    PoolSection,
+    SwapSection,
+    UpsampleSection,
+)
+from pacswap.recipes.library import copy_recipe, find_recipe, shipped_recipes, summary
+from pacswap.recipes.loader import LoadedRecipe, load_recipe
+from pacswap.recipes.schema import (
+    OPERATIONS,
+    CalibrationSection,
     ModelSection,
     Recipe,
-    SwapSection,
     dump_recipe,
+    recipe_data,
     recipe_schema,
 )
 
 __all__ = [
+    "OPERATIONS",
+    "AppendSection",
+    "CRFSection",
     "CalibrationSection",
     "ControlSection",
     "DataSection",
+    "FilterSection",
     "FinetuneSection",
+    "GroupSection",
     "GuidanceSection",
     "KernelSection",
     "LayerQuerySection",
@@ -35,14 +51,18 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "OptimizerSection",
+    "PairwiseSection",
+    "PoolSection",
     "Recipe",
     "StageSection",
     "SwapSection",
     "TransformSection",
+    "UpsampleSection",
     "copy_recipe",
     "dump_recipe",
     "find_recipe",
     "load_recipe",
+    "recipe_data",
     "recipe_schema",
     "shipped_recipes",
     "summary",

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import Fault, PlanError
-from pacswap.ops import make_window
-from pacswap.surgery.checks import why_not_conv, why_not_model
+from pacswap.surgery.assemble import Assembly, Claim, at_output
+from pacswap.surgery.checks import why_not_model
 from pacswap.surgery.cost import added_cost, model_parameters
 from pacswap.surgery.modes import kept_random
-from pacswap.surgery.plan import (
-    Cost,
-    Plan,
-    PlannedGuidance,
-    PlannedKernel,
-    PlannedLayer,
-    PlannedScope,
-    refusal,
-)
+from pacswap.surgery.plan import Cost, Plan, PlannedLayer, PlannedScope, refusal
 from pacswap.surgery.scope import ScopeFinder, resolve_sources
-from pacswap.surgery.select import convolutions, select
+from pacswap.surgery.select import is_pattern, select
 from pacswap.surgery.skeleton import ExampleInput, Observation, check_example, look, observe
-from pacswap.surgery.spec import Group
-from pacswap.surgery.wiring import Probe, locate_guidance, probe_scope, why_not_fed
+from pacswap.surgery.spec import Group, Operation
+from pacswap.surgery.targets import KINDS, Target, is_inserted, targets, why_not
+from pacswap.surgery.wiring import Probe, probe_scope, why_not_fed
+
+
+def list_in_python(operation: Operation) -> str:
+    """How a Python user lists what an operation can change."""
+    option = "" if operation == "swap" else f", operation={operation!r}"
+    return f"List them: pacswap.layers(model{option})."
 
 
 def plan_groups(
@@ -37,7 +34,7 @@ def plan_groups(
     groups: Sequence[Group],
     example_input: ExampleInput,
     *,
-    list_command: str = "List them: pacswap.layers(model).",
+    list_command: Callable[[Operation], str] = list_in_python,
 ) -> Plan:
     """Plan the swap of several groups of layers; the model is not touched.
 
@@ -45,7 +42,7 @@ def plan_groups(
         model: any module.
         groups: what to swap.
         example_input: a tensor, or a tuple of positional arguments; only shapes matter.
-        list_command: how the user lists a model's layers, for messages.
+        list_command: how the user lists what an operation can change, for messages.
 
     Raises:
         PlanError: with every fault of the request.
@@ -58,27 +55,26 @@ def plan_groups(
         return _Analysis(model, groups, example_input, list_command).plan()
 
 
-@dataclass(frozen=True)
-class _Claim:
-    """A convolution and the group that wants it."""
-
-    name: str
-    group: int
-
-
 class _Analysis:
     """The state of one call of `plan`: what was seen, and the faults found so far."""
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], example: ExampleInput, list_command: str
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        example: ExampleInput,
+        list_command: Callable[[Operation], str],
     ) -> None:
         self.model, self.groups = model, tuple(groups)
         self.example = example = _two_images(example)
         self.list_command = list_command
         self.batch = next((t.shape[0] for t in _tensors(example)), 1)
         self.faults: list[Fault] = []
-        self.convs = convolutions(model)
         self.bones, self.seen = look(model, example)
+        self.targets = {
+            operation: targets(operation, model, self.seen)
+            for operation in dict.fromkeys(group.operation for group in self.groups)
+        }
         # Counted on two images: train mode needs them, the cost is for one.
         self.macs = self.seen.macs // self.batch
         self.seen_train: Observation | None = None
@@ -93,39 +89,71 @@ class _Analysis:
         self._stop_if_faulty()
         return self._assemble(claims, scopes)
 
-    def _claims(self) -> list[_Claim]:
-        """Which group gets which convolution."""
-        owner: dict[str, int] = {}
+    def _claims(self) -> list[Claim]:
+        """Which group gets what."""
+        owner: dict[tuple[str, bool], int] = {}
         for index, group in enumerate(self.groups):
-            chosen, faults = select(group.layers, self.model, self.seen, self.list_command)
+            found = self.targets[group.operation]
+            if group.operation == "append":
+                self._add_labels(group, found)
+            command = self.list_command(group.operation)
+            chosen, faults = select(group, self.model, found, self.seen, command)
             self.faults += [Fault(message, index, "layers") for message in faults]
             for name in chosen:
-                if name in owner and not group.override:
+                # A CRF may come behind what another group changes.
+                key = (name, group.operation == "append")
+                if key in owner and not group.override:
                     self._fault(
-                        f"'{name}' is claimed by group {owner[name]} already. Exclude it from one "
+                        f"'{name}' is claimed by group {owner[key]} already. Exclude it from one "
                         "of them, or set override: true on this group.",
                         index,
                         "layers",
                     )
-                owner[name] = index
+                owner[key] = index
         order = {call.name: call.order for call in reversed(self.seen.calls)}
+        order |= {label: call.order for label, call in self.seen.functions.items()}
         last = len(self.seen.calls)
-        ranked = sorted(owner, key=lambda name: order.get(name, last))
+        ranked = sorted(owner, key=lambda key: (order.get(key[0], last), key[1]))
         emptied = set(range(len(self.groups))) - set(owner.values())
         if not self.faults:
             for index in sorted(emptied):
                 self._fault(
                     "every layer of this group is overridden by later ones.", index, "layers"
                 )
-        return [_Claim(name, owner[name]) for name in ranked]
+        claimed = [(key[0], owner[key]) for key in ranked]
+        return [Claim(self.targets[self.groups[i].operation][name], i) for name, i in claimed]
 
-    def _accepted(self, claim: _Claim) -> bool:
-        reason = why_not_conv(self.convs[claim.name])
-        if reason is None and not self._calls(claim.name):
+    def _add_labels(self, group: Group, found: dict[str, Target]) -> None:
+        """A CRF may be put behind any node, and most have no name before the trace."""
+        layers = group.layers if isinstance(group.layers, tuple | list) else (group.layers,)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for text in layers:
+            if isinstance(text, str) and not is_pattern(text) and text not in modules:
+                owner, _, label = text.rpartition(".")
+                if label and (not owner or self.seen.of(owner)):
+                    found.setdefault(text, Target(text, None))
+
+    def _accepted(self, claim: Claim) -> bool:
+        operation = self.groups[claim.group].operation
+        reason = why_not(operation, claim.target)
+        calls = self._calls(claim.name)
+        is_label = claim.target.module is None and claim.name not in self.seen.functions
+        if reason is None and not calls and not is_label:
             reason = "it never runs when the model does"
+        if reason is None and calls > 1 and is_inserted(operation, claim.target):
+            reason = f"it runs {calls} times in one forward pass, and one layer is put behind it"
+        if reason is None and operation == "swap" and self._constant(claim):
+            reason = (
+                "a constant kernel leaves it the plain convolution, in which nothing can learn. "
+                "Leave the group out"
+            )
         if reason is not None:
-            self._fault(f"cannot swap '{claim.name}': {reason}.", claim.group, "layers")
+            verb = KINDS[operation].verb
+            self._fault(f"cannot {verb} '{claim.name}': {reason}.", claim.group, "layers")
         return reason is None
+
+    def _constant(self, claim: Claim) -> bool:
+        return self.groups[claim.group].kernel.form == "constant"
 
     def _calls(self, name: str) -> int:
         """How often a layer runs, in eval mode or, where it rests there, in train mode."""
@@ -142,7 +170,7 @@ class _Analysis:
             self.bones.eval()
         return self.seen_train
 
-    def _scopes(self, claims: list[_Claim]) -> list[tuple[PlannedScope, Probe, list[_Claim]]]:
+    def _scopes(self, claims: list[Claim]) -> list[tuple[PlannedScope, Probe, list[Claim]]]:
         """Trace every scope and check that its guidances come before its layers."""
         finder = ScopeFinder(self.model, self.bones, self.seen, self.train_observation)
         for index, group in enumerate(self.groups):
@@ -162,26 +190,35 @@ class _Analysis:
                 found.append((scope, probe, members_of))
         return found
 
-    def _fed(self, scope: PlannedScope, claims: list[_Claim], indices: list[int]) -> bool:
+    def _fed(self, scope: PlannedScope, claims: list[Claim], indices: list[int]) -> bool:
         """Whether every layer of a scope is reached after its guidance; notes why not."""
         before = len(self.faults)
         for index in indices:
             members = [claim.name for claim in claims if claim.group == index]
-            for field, message in why_not_fed(
-                scope, self.groups[index].guidance, members, self.seen
-            ):
+            group = self.groups[index]
+            behind = {
+                claim.name
+                for claim in claims
+                if claim.group == index and is_inserted(group.operation, claim.target)
+            }
+            for field, message in why_not_fed(scope, group.guidance, members, behind, self.seen):
                 self._fault(message, index, field)
         return len(self.faults) == before
 
     def _assemble(
-        self, claims: list[_Claim], scopes: list[tuple[PlannedScope, Probe, list[_Claim]]]
+        self, claims: list[Claim], scopes: list[tuple[PlannedScope, Probe, list[Claim]]]
     ) -> Plan:
-        builder = _Builder(self)
+        builder = Assembly(self.model, self.groups, self.sizes(claims))
         for index, (scope, probe, members) in enumerate(scopes):
             for claim in members:
                 builder.add(index, scope, probe, claim)
+        self.faults += [Fault(*fault) for fault in builder.faults]
         self._stop_if_faulty()
-        order = {claim.name: rank for rank, claim in enumerate(claims)}
+        order = {(claim.name, claim.group): number for number, claim in enumerate(claims)}
+
+        def rank(layer: PlannedLayer) -> int:
+            return order[layer.name, layer.group]
+
         first = next(t for t in _tensors(self.example))
         parameters, macs, size = added_cost(
             builder.layers, builder.kernels, builder.guidances, _number_size(self.model)
@@ -193,12 +230,12 @@ class _Analysis:
             scopes=tuple(scope for scope, _, _ in scopes),
             guidances=tuple(builder.guidances),
             kernels=tuple(builder.kernels),
-            layers=tuple(sorted(builder.layers, key=lambda layer: order[layer.name])),
+            layers=tuple(sorted(builder.layers, key=rank)),
             cost=Cost(model_parameters(self.model), parameters, self.macs, macs, size),
         )
 
-    def sizes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Each layer's input sizes at the example input and, if the model takes it, another one.
+    def sizes(self, claims: list[Claim]) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The sizes of each layer's kernel's guidance at the example input and at another one.
 
         Two layers share a kernel where these agree: equal at one size alone could be chance.
         """
@@ -208,15 +245,13 @@ class _Analysis:
             larger = (*first.shape[:2], first.shape[2] + 37, first.shape[3] + 21)
             with suppress(PlanError):  # a model of one fixed size: one look says it all
                 observations.append(observe(self.bones, first.new_empty(larger, device="meta")))
-        return {
-            name: tuple(
-                tuple(call.input_shape[2:])
-                for seen in observations
-                for call in seen.of(name)[:1]
-                if call.input_shape is not None
-            )
-            for name in self.convs
-        }
+        sizes = {}
+        for claim in claims:
+            at = at_output(self.groups[claim.group], claim.target)
+            calls = [call for seen in observations for call in seen.of(claim.name)[:1]]
+            shapes = [call.output_shape if at else call.input_shape for call in calls]
+            sizes[claim.name] = tuple(shape[2:] for shape in shapes if shape is not None)
+        return sizes
 
     def _fault(self, message: str, group: int | None = None, field: str | None = None) -> None:
         self.faults.append(Fault(message, group, field))
@@ -226,99 +261,6 @@ class _Analysis:
             unique = list(dict.fromkeys(self.faults))
             many = len(self.groups) > 1
             raise refusal(type(self.model).__name__, unique, many_groups=many)
-
-
-class _Builder:
-    """Collects layers into shared kernels and guidances."""
-
-    def __init__(self, analysis: _Analysis) -> None:
-        self.analysis = analysis
-        self.sizes = analysis.sizes()
-        self.guidances: list[PlannedGuidance] = []
-        self.kernels: list[PlannedKernel] = []
-        self.layers: list[PlannedLayer] = []
-        self._kernel_keys: dict[object, int] = {}
-
-    def add(self, index: int, scope: PlannedScope, probe: Probe, claim: _Claim) -> None:
-        group = self.analysis.groups[claim.group]
-        conv = self.analysis.convs[claim.name]
-        guidance = self._guidance(index, scope, probe, claim)
-        window = make_window(
-            tuple(conv.kernel_size),
-            stride=tuple(conv.stride),
-            padding=conv.padding,
-            dilation=tuple(conv.dilation),
-            padding_mode=conv.padding_mode,
-        )
-        key = (guidance, group.kernel, window, self.sizes[claim.name])
-        if key not in self._kernel_keys:
-            height, width = probe.input_size(scope.local(claim.name))
-            self._kernel_keys[key] = len(self.kernels)
-            self.kernels.append(
-                PlannedKernel(
-                    guidance,
-                    group.kernel,
-                    claim.name,
-                    (height, width),
-                    window.output_size(height, width),
-                    window.taps,
-                )
-            )
-        self.layers.append(
-            PlannedLayer(
-                claim.name,
-                claim.group,
-                conv_in_words(conv),
-                self._kernel_keys[key],
-                conv.in_channels,
-                self._aliases(claim.name),
-                max(len(trace.calls.get(scope.local(claim.name), [])) for trace in scope.traces),
-            )
-        )
-
-    def _aliases(self, name: str) -> tuple[str, ...]:
-        model = self.analysis.model
-        conv = model.get_submodule(name)
-        everywhere = model.named_modules(remove_duplicate=False)
-        return tuple(other for other, module in everywhere if module is conv and other != name)
-
-    def _guidance(self, index: int, scope: PlannedScope, probe: Probe, claim: _Claim) -> int:
-        for known, guidance in enumerate(self.guidances):
-            if (guidance.group, guidance.scope) == (claim.group, index):
-                return known
-        spec = self.analysis.groups[claim.group].guidance
-        located = locate_guidance(scope, spec, probe)
-        planned = PlannedGuidance(
-            group=claim.group,
-            scope=index,
-            sources=located.sources,
-            spec=spec,
-            shapes=located.shapes,
-            owner=claim.name,
-            cloned=located.cloned,
-        )
-        for message in located.faults(planned.in_channels):
-            self.analysis._fault(message, claim.group, "guidance")
-        self.guidances.append(planned)
-        return len(self.guidances) - 1
-
-
-def conv_in_words(conv: _ConvNd) -> str:
-    """A convolution in a few words.
-
-    >>> conv_in_words(nn.Conv2d(128, 256, 3, stride=2))
-    'Conv2d 128→256 3×3 s2'
-    >>> conv_in_words(nn.Conv2d(96, 96, 7, groups=96, dilation=2))
-    'Conv2d 96→96 7×7 d2 depthwise'
-    """
-    words = [f"{type(conv).__name__} {conv.in_channels}→{conv.out_channels}"]
-    words.append("×".join(map(str, conv.kernel_size)))
-    for letter, value in (("s", conv.stride), ("d", conv.dilation)):
-        if max(value) > 1:
-            words.append(letter + ("×".join(map(str, dict.fromkeys(value)))))
-    if conv.groups > 1:
-        words.append("depthwise" if conv.groups == conv.in_channels else f"g{conv.groups}")
-    return " ".join(words)
 
 
 def _tensors(example: ExampleInput) -> list[Tensor]:

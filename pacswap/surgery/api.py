@@ -9,17 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from pacswap.errors import PlanError
-from pacswap.surgery.analyse import conv_in_words, plan_groups
+from pacswap.errors import PlanError, nearest_hint
+from pacswap.surgery.analyse import plan_groups
 from pacswap.surgery.calibrate import calibrate, calibration_batch
-from pacswap.surgery.checks import why_not_conv, why_not_model, why_not_network
+from pacswap.surgery.checks import why_not_model, why_not_network
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.request import as_groups
 from pacswap.surgery.rewrite import rewrite
-from pacswap.surgery.select import convolutions, is_spatial
 from pacswap.surgery.skeleton import ExampleInput, look, observe, skeleton
-from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, Layers
+from pacswap.surgery.spec import (
+    CRFSpec,
+    FilterSpec,
+    Group,
+    GuidanceSpec,
+    KernelSpec,
+    Layers,
+    Operation,
+)
+from pacswap.surgery.targets import KINDS, in_words, targets, why_not
 
 
 def plan(
@@ -28,6 +37,9 @@ def plan(
     guidance: str | list[str] | Mapping[str, Any] | GuidanceSpec | None = None,
     *,
     kernel: Mapping[str, Any] | KernelSpec | None = None,
+    operation: Operation | None = None,
+    filter: Mapping[str, Any] | FilterSpec | None = None,
+    crf: Mapping[str, Any] | CRFSpec | None = None,
     groups: Iterable[Group | Mapping[str, Any]] | None = None,
     example_input: ExampleInput | None = None,
 ) -> Plan:
@@ -44,6 +56,11 @@ def plan(
             `"input+position"`, `"external"` (the model gains a keyword argument `guidance`), a list
             (concatenated), or a mapping such as `{"from": "layer1", "channels": 16}`.
         kernel: how the kernels are made, a `KernelSpec` or its mapping.
+        operation: `"swap"` (convolutions; the default), `"pool"` (pooling layers), `"upsample"`
+            (interpolations, by their labels, and transposed convolutions) or `"append"` (a CRF
+            behind what gives logits). `pacswap.layers(model, operation=…)` lists their names.
+        filter: of `"upsample"`: the filter behind an interpolation, a `FilterSpec` or its mapping.
+        crf: of `"append"`: a `CRFSpec` or its mapping.
         groups: several groups of layers at once, `Group`s or mappings of these arguments' names.
         example_input: what the model takes, a tensor or a tuple of arguments; only its shape
             matters. By default an image of the size that the model names, or 224×224.
@@ -57,10 +74,12 @@ def plan(
     Example:
         >>> import torchvision
         >>> net = torchvision.models.resnet18()
-        >>> print(plan(net, layers="layer4.*.conv2", guidance="layer1").layers[0].conv)
+        >>> print(plan(net, layers="layer4.*.conv2", guidance="layer1").layers[0].what)
         Conv2d 512→512 3×3
     """
-    made = as_groups(layers, guidance, kernel, groups)
+    made = as_groups(
+        layers, guidance, groups, kernel=kernel, operation=operation, filter=filter, crf=crf
+    )
     _refuse(model, why_not_model(model))
     return plan_groups(
         model, made, default_input(model) if example_input is None else example_input
@@ -73,6 +92,9 @@ def swap(
     guidance: str | list[str] | Mapping[str, Any] | GuidanceSpec | None = None,
     *,
     kernel: Mapping[str, Any] | KernelSpec | None = None,
+    operation: Operation | None = None,
+    filter: Mapping[str, Any] | FilterSpec | None = None,
+    crf: Mapping[str, Any] | CRFSpec | None = None,
     groups: Iterable[Group | Mapping[str, Any]] | None = None,
     example_input: ExampleInput | None = None,
     calibration: ExampleInput | None = None,
@@ -83,10 +105,13 @@ def swap(
     `blend` of 0 its output is the old one's, and every added parameter can learn.
 
     Args:
-        model: as in `plan`, like the next five.
-        layers: which convolutions.
+        model: as in `plan`, like all up to `example_input`.
+        layers: what to change.
         guidance: what feeds the adapting kernels.
         kernel: how the kernels are made.
+        operation: what is done.
+        filter: behind an interpolation.
+        crf: behind logits.
         groups: several groups at once.
         example_input: what the model takes.
         calibration: images (as the model takes them) on which `bandwidth: auto` is set: the median
@@ -108,7 +133,10 @@ def swap(
     """
     _refuse(model, why_not_model(model))
     example = default_input(model) if example_input is None else example_input
-    planned = plan(model, layers, guidance, kernel=kernel, groups=groups, example_input=example)
+    made = as_groups(
+        layers, guidance, groups, kernel=kernel, operation=operation, filter=filter, crf=crf
+    )
+    planned = plan_groups(model, made, example)
     return carry_out(model, planned, example, calibration)
 
 
@@ -119,7 +147,7 @@ def carry_out(
     automatic = [
         kernel
         for kernel in planned.kernels
-        if kernel.spec.bandwidth == "auto" and not planned.guidances[kernel.guidance].is_external
+        if kernel.is_calibrated and not planned.guidances[kernel.guidance].is_external
     ]
     if not automatic or all(p.is_meta for p in model.parameters()):
         return rewrite(model, planned)
@@ -136,42 +164,54 @@ def _refuse(model: object, reason: str | None) -> None:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A spatial convolution of a model.
+    """Something in a model that an operation could change.
 
     Attributes:
-        name: dotted.
-        conv: what it is, in words.
+        name: dotted name of a module, or the label of a call.
+        what: what it is, in words.
         output_shape: (B, C, H, W) at the example input; None if it does not run in eval mode.
-        refusal: why it cannot be swapped, or None.
+        refusal: why it cannot be changed, or None.
     """
 
     name: str
-    conv: str
+    what: str
     output_shape: tuple[int, ...] | None
     refusal: str | None
 
 
-def layers(model: nn.Module, example_input: ExampleInput | None = None) -> list[LayerInfo]:
-    """The spatial convolutions of a model, in the order in which they run.
+def layers(
+    model: nn.Module,
+    example_input: ExampleInput | None = None,
+    *,
+    operation: Operation = "swap",
+) -> list[LayerInfo]:
+    """What an operation could change in a model, in the order in which it runs.
 
     Args:
         model: any network.
         example_input: as in `plan`.
+        operation: `"swap"` lists spatial convolutions, `"pool"` pooling layers, `"upsample"`
+            interpolations and transposed convolutions, `"append"` what a CRF could come behind.
 
     Returns:
-        One entry for each; those that cannot be swapped have the reason.
+        One entry for each; those that cannot be changed have the reason.
 
     Raises:
         PlanError: the model does not run on the example input.
     """
     _refuse(model, why_not_network(model))
+    if operation not in KINDS:
+        hint = nearest_hint(str(operation), KINDS)
+        raise PlanError(f"operation={operation!r} is unknown. {hint}")
     _, seen = look(model, default_input(model) if example_input is None else example_input)
-    shapes = {call.name: call.output_shape for call in reversed(seen.calls)}
-    order = {call.name: call.order for call in reversed(seen.calls)}
     found = []
-    for name, conv in convolutions(model).items():
-        if is_spatial(conv):
-            found.append(LayerInfo(name, conv_in_words(conv), shapes.get(name), why_not_conv(conv)))
+    for name, target in targets(operation, model, seen).items():
+        shape = None if target.call is None else target.call.output_shape
+        refusal = why_not(operation, target)
+        if target.is_spatial and not (operation == "append" and refusal is not None):
+            found.append(LayerInfo(name, in_words(operation, target), shape, refusal))
+    order = {call.name: call.order for call in reversed(seen.calls)}
+    order |= {label: call.order for label, call in seen.functions.items()}
     return sorted(found, key=lambda info: order.get(info.name, len(seen.calls)))
 
 
@@ -189,7 +229,7 @@ def default_input(model: nn.Module) -> Tensor:
 
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, Mapping) else None
-    first = next(iter(convolutions(model).values()), None)
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     channels = 3 if first is None else first.in_channels
     if size is not None:
         # in_chans=1 changes the first convolution and not what timm's configuration says.

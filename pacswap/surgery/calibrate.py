@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pacswap import ops, scenes
 from pacswap.errors import PlanError
-from pacswap.nn import AdaptingKernel, Guidance, PacConv2d
+from pacswap.nn import AdaptingKernel, Adaptive, Guidance, PairwiseTerm, reduced
 from pacswap.surgery.modes import kept_modes, kept_random
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.skeleton import ExampleInput
@@ -72,19 +72,23 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
     Raises:
         PlanError: a guidance is constant on the batch, so that no width fits.
     """
-    wanted = {k.owner: k for k in plan.kernels if k.spec.bandwidth == "auto"}
+    wanted = {kernel.owner: kernel for kernel in plan.kernels if kernel.is_calibrated}
     external = {k.owner for k in wanted.values() if plan.guidances[k.guidance].is_external}
     kernels = {name: _kernel(model, name) for name in wanted if name not in external}
     medians: dict[str, float] = {}
     handles = []
-    for name, kernel in kernels.items():
+    for name in kernels:
 
         def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            medians[name] = _median_distance(_kernel(model, name), args[0])
+            kernel, holder = _kernel(model, name), model.get_submodule(name)
+            features = args[0]
+            if isinstance(holder, PairwiseTerm):
+                features = reduced(args[1], holder.options.blur)
+            medians[name] = _median_distance(kernel, features)
             if len(medians) == len(kernels):
                 raise _AllSeen
 
-        handles.append(kernel.register_forward_pre_hook(note))
+        handles.append(_hearer(model, plan, name).register_forward_pre_hook(note))
     parameter = next(model.parameters())
     args = batch if isinstance(batch, tuple) else (batch,)
     args = pytree.tree_map_only(Tensor, lambda t: _like(t, parameter), args)
@@ -112,9 +116,9 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
 def _without_external(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Plain convolutions where the guidance comes from outside: there is none yet."""
     fed = {i for i, guidance in enumerate(plan.guidances) if guidance.is_external}
-    names = [layer.name for layer in plan.layers if plan.kernels[layer.kernel].guidance in fed]
+    names = [layer.place for layer in plan.layers if plan.kernels[layer.kernel].guidance in fed]
     parts = [part for name in names for part in model.get_submodule(name).modules()]
-    adaptive = [p for p in parts if isinstance(p, PacConv2d | AdaptingKernel | Guidance)]
+    adaptive = [p for p in parts if isinstance(p, Adaptive | AdaptingKernel | Guidance)]
     try:
         for part in adaptive:
             part.enabled = False
@@ -140,32 +144,58 @@ def _set(kernels: dict[str, AdaptingKernel], medians: dict[str, float]) -> dict[
     bandwidths = {}
     for name, kernel in kernels.items():
         # A kernel that rests in eval mode saw nothing: standardised features are about 1 wide.
-        square = medians.get(name, _HALF) / _HALF
+        width = _width(medians[name], kernel.form) if name in medians else 1.0
         with torch.no_grad():
-            kernel.log_bandwidth.fill_(0.5 * math.log(square))
-        bandwidths[name] = math.sqrt(square)
+            kernel.log_bandwidth.fill_(math.log(width))
+        bandwidths[name] = width
     return bandwidths
 
 
+def _width(median: float, form: str) -> float:
+    """The bandwidth at which a distance of `median` gives ½; in the inverse form, 1 and α."""
+    if form == "laplacian":
+        return median / math.log(2)
+    return math.sqrt(median) if form == "inverse" else math.sqrt(median / _HALF)
+
+
+def _hearer(model: nn.Module, plan: Plan, owner: str) -> nn.Module:
+    """The module that receives the features: the kernel, or the CRF around it.
+
+    A CRF does not look at its kernels while its blend is 0 and nothing learns.
+    """
+    if not isinstance(model.get_submodule(owner), PairwiseTerm):
+        return _kernel(model, owner)
+    place = next(layer.place for layer in plan.layers if owner.startswith(f"{layer.place}."))
+    return model.get_submodule(place)
+
+
 def _kernel(model: nn.Module, owner: str) -> AdaptingKernel:
-    kernel = model.get_submodule(owner).adapting_kernel
+    kernel = model.get_submodule(f"{owner}.adapting_kernel")
     assert isinstance(kernel, AdaptingKernel)
     return kernel
 
 
 def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
-    """The median of d² over pixels and off-centre taps; their mean where most of them are 0."""
+    """The median of d² over pixels and off-centre taps (of d₁ in the laplacian form).
+
+    Their mean where most of them are 0.
+    """
     window = kernel.window
     features = guidance.to(ops.compute_dtype(guidance.dtype))
     if kernel.standardize:
         features = ops.standardized(features)
-    squares = ops.tap_distance(features, _inner(window, features))[:, 0]
-    if kernel.distance == "mean":
-        squares = squares / features.shape[1]
+    distances = ops.tap_distance(
+        features,
+        _inner(window, features),
+        measure="absolute" if kernel.form == "laplacian" else "square",
+        channel_wise=kernel.channel_wise,
+    )
+    if kernel.distance == "mean" and not kernel.channel_wise:
+        distances = distances / features.shape[1]
     off_centre = [t for t in range(window.taps) if t != window.centre]
-    squares = squares[:, off_centre]
-    median = squares.median().item()
-    return median if median > 0 else squares.mean().item()
+    distances = distances[:, :, off_centre]
+    median = distances.median().item()
+    return median if median > 0 else distances.mean().item()
 
 
 def _inner(window: ops.Window, features: Tensor) -> ops.Window:

@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from pacswap.errors import quoted
-from pacswap.nn import PacConv2d
+from pacswap.nn import Adaptive
 
 # Wrappers by class name: importing FSDP for an isinstance check costs a second.
 _WRAPPERS = {
@@ -47,7 +47,7 @@ def why_not_model(model: nn.Module) -> str | None:
         if remedy is not None:
             where = f"'{name}' is" if name else "the model is"
             return f"{where} wrapped in {type(module).__name__}: {remedy}"
-    swapped = [name for name, m in model.named_modules() if isinstance(m, PacConv2d)]
+    swapped = [name for name, m in model.named_modules() if isinstance(m, Adaptive)]
     if swapped:
         return (
             f"the model is upgraded already ({len(swapped)} layers, the first is '{swapped[0]}'). "
@@ -63,21 +63,9 @@ def why_not_conv(conv: _ConvNd) -> str | None:
         return f"it is a {kind}; only Conv2d layers can be swapped"
     if not isinstance(conv, nn.Conv2d):
         return f"it is a {kind}; pixel-adaptive convolution is two-dimensional"
-    if parametrize.is_parametrized(conv):
-        return (
-            "its weight is parametrized, and a swap would freeze what the parametrization "
-            "computes. Remove it first: torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    if any(hasattr(conv, f"weight_{part}") for part in ("g", "orig")):
-        return (
-            "its weight is recomputed by a hook (weight_norm, spectral_norm or pruning). Remove it "
-            "first: torch.nn.utils.remove_weight_norm and its siblings"
-        )
-    hooks = why_hooked(conv)
-    if hooks is not None:
-        return f"{hooks}, which would be lost. Remove it and register it again after the swap"
-    if "forward" in vars(conv) or "_conv_forward" in vars(conv):
-        return "its forward was replaced on the instance, which would be lost"
+    reason = _why_not_own(conv)
+    if reason is not None:
+        return reason
     own_forward = type(conv).forward is not nn.Conv2d.forward
     if own_forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         return f"{kind} computes something else than Conv2d, which would be lost"
@@ -86,14 +74,51 @@ def why_not_conv(conv: _ConvNd) -> str | None:
             f"{kind} is a subclass of Conv2d, which the swap would not give back. Use "
             "torch.nn.Conv2d itself"
         )
-    own = [*conv._buffers, *conv._modules, *(conv._parameters.keys() - {"weight", "bias"})]
-    if own:
-        return f"it holds more than a weight and a bias, which would be lost: {quoted(own)}"
+    reason = _why_holding_more(conv, ("weight", "bias"))
+    if reason is not None:
+        return reason
     if max(conv.kernel_size) == 1:
         return (
             "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"
         )
     return None
+
+
+def why_not_plain(module: nn.Module, parameters: tuple[str, ...] = ()) -> str | None:
+    """Why a module of a plain torch class is more than its class says, or None.
+
+    Args:
+        module: about to be replaced.
+        parameters: those that its class has.
+    """
+    return _why_not_own(module) or _why_holding_more(module, parameters)
+
+
+def _why_not_own(module: nn.Module) -> str | None:
+    if parametrize.is_parametrized(module):
+        return (
+            "its weight is parametrized, and a swap would freeze what the parametrization "
+            "computes. Remove it first: torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if any(hasattr(module, f"weight_{part}") for part in ("g", "orig")):
+        return (
+            "its weight is recomputed by a hook (weight_norm, spectral_norm or pruning). Remove it "
+            "first: torch.nn.utils.remove_weight_norm and its siblings"
+        )
+    hooks = why_hooked(module)
+    if hooks is not None:
+        return f"{hooks}, which would be lost. Remove it and register it again after the swap"
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return "its forward was replaced on the instance, which would be lost"
+    return None
+
+
+def _why_holding_more(module: nn.Module, parameters: tuple[str, ...]) -> str | None:
+    own = [*module._buffers, *module._modules, *(module._parameters.keys() - set(parameters))]
+    if not own:
+        return None
+    words = "a weight and a bias" if parameters else "its options"
+    return f"it holds more than {words}, which would be lost: {quoted(own)}"
 
 
 def why_hooked(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pacswap.nn import Adaptive, PacConv2d, PacConvTranspose2d, PacCRF, PacFilter2d, PacPool2d
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer
 
 
@@ -49,22 +50,49 @@ def added_cost(
     guidances: list[PlannedGuidance],
     bytes_per_number: int,
 ) -> tuple[int, int, int]:
-    """Parameters, and MACs and bytes for one image, that a swap adds, from the shapes alone."""
-    parameters, macs, numbers = len(layers) + len(kernels), 0, 0
+    """Parameters, and MACs and bytes for one image, that a plan adds, from the shapes alone."""
+    parameters = sum(size for layer in layers for _, size in layer.added)
+    macs = sum(layer.macs for layer in layers)
+    numbers = 0
     for guidance in guidances:
-        shape = guidance.shapes[0]
-        if guidance.spec.channels is not None and shape is not None:
-            weights = guidance.spec.channels * (guidance.in_channels or 0)
-            parameters += weights
-            macs += weights * shape[2] * shape[3]
-            numbers += guidance.spec.channels * shape[2] * shape[3]
+        channels = guidance.projection
+        if channels is None:
+            continue
+        parameters += channels * (guidance.in_channels or 0)
+        for shape in guidance.shapes:
+            if shape is not None:  # each map is projected at its own resolution
+                macs += channels * shape[1] * shape[2] * shape[3]
+        if guidance.shapes[0] is not None:
+            numbers += channels * guidance.shapes[0][2] * guidance.shapes[0][3]
     for kernel in kernels:
         channels = guidances[kernel.guidance].channels or 0
         out = kernel.output_size[0] * kernel.output_size[1]
+        per_tap = channels if kernel.spec.channel_wise else 1
         macs += kernel.taps * channels * out
-        numbers += kernel.taps * out + channels * kernel.input_size[0] * kernel.input_size[1]
-    for layer in layers:
-        kernel = kernels[layer.kernel]
-        out = kernel.output_size[0] * kernel.output_size[1]
-        macs += kernel.taps * layer.in_channels * out * layer.calls
+        numbers += kernel.taps * out * per_tap
+        numbers += channels * kernel.input_size[0] * kernel.input_size[1]
     return parameters, macs, numbers * bytes_per_number
+
+
+def layer_macs(module: Adaptive, channels: int, size: tuple[int, int]) -> int:
+    """Multiply-accumulates that a pixel-adaptive layer adds, beside its kernels'.
+
+    Args:
+        module: the layer.
+        channels: C of what it filters.
+        size: (H, W) of its kernel.
+    """
+    pixels = size[0] * size[1]
+    if isinstance(module, PacCRF):
+        return module.macs(pixels)
+    if isinstance(module, PacFilter2d):
+        # K times the value, then the filter.
+        per_tap = channels + module.weight[0, ..., 0, 0].numel()
+        if module.weights == "filter":
+            per_tap = 2 * channels
+        return module.steps * module.window.taps * per_tap * pixels
+    assert isinstance(module, PacConv2d | PacConvTranspose2d | PacPool2d)
+    taps = 1
+    for side in module.adapting_kernel.window.kernel_size if module.adapting_kernel else ():
+        taps *= side
+    return taps * channels * pixels

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pacswap.errors import Fault, PlanError
-from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec
-from pacswap.surgery.table import columns, plus, quantity
+from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, Operation
 from pacswap.surgery.trace import Trace
 
 
@@ -37,6 +36,7 @@ class PlannedGuidance:
         shapes: of each source's output, (B, D, H, W); None for `external`.
         owner: the layer under which its projection is stored.
         cloned: which sources are overwritten in place later and so have to be copied.
+        projected: False where no kernel looks at the features: then nothing is projected.
     """
 
     group: int
@@ -46,6 +46,7 @@ class PlannedGuidance:
     shapes: tuple[tuple[int, ...] | None, ...]
     owner: str
     cloned: tuple[bool, ...]
+    projected: bool = True
 
     @property
     def is_external(self) -> bool:
@@ -63,7 +64,12 @@ class PlannedGuidance:
     @property
     def channels(self) -> int | None:
         """D of the features that the kernels see."""
-        return self.spec.channels or self.in_channels
+        return self.projection or self.in_channels
+
+    @property
+    def projection(self) -> int | None:
+        """To how many channels the features are projected; None if they are not."""
+        return self.spec.channels if self.projected else None
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ class PlannedKernel:
     Attributes:
         guidance: index of its guidance.
         spec: what the user asked for.
-        owner: the layer under which its bandwidth is stored, the first one that runs.
-        input_size: H, W at the example input.
+        owner: dotted name of the layer, or of the part of one, under which its learnable numbers
+            are stored: of those that share it, the first one that runs.
+        input_size: H, W of the features at the example input.
         output_size: H_out, W_out at the example input.
         taps: KH·KW.
     """
@@ -86,28 +93,52 @@ class PlannedKernel:
     output_size: tuple[int, int]
     taps: int
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its bandwidth is set on images."""
+        return self.spec.bandwidth == "auto" and self.spec.form != "constant"
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One convolution that becomes pixel-adaptive.
+    """One layer, or one call of a function, that becomes pixel-adaptive.
 
     Attributes:
-        name: dotted, as `model.named_modules()` spells it.
+        name: dotted, as `model.named_modules()` spells it, or the label of a call.
         group: the group that claims it.
-        conv: what it is, in words: `Conv2d 128→128 3×3`.
-        kernel: index of its adapting kernel.
-        in_channels: C_in.
+        operation: what happens to it.
+        what: what it is, in words: `Conv2d 128→128 3×3`.
+        place: dotted name of the pixel-adaptive module: the layer's own where it is replaced, a new
+            one where something is put behind it.
+        kernels: indices of its adapting kernels; only a CRF has several.
+        added: the `state_dict` keys that its module adds, relative to `place`, with their sizes.
+        macs: multiply-accumulates for one image that it adds, beside its kernels'.
+        channels: C of what is filtered.
         aliases: other names under which the same module is registered.
         calls: how often it runs in one forward pass.
     """
 
     name: str
     group: int
-    conv: str
-    kernel: int
-    in_channels: int
+    operation: Operation
+    what: str
+    place: str
+    kernels: tuple[int, ...]
+    added: tuple[tuple[str, int], ...]
+    macs: int
+    channels: int
     aliases: tuple[str, ...]
     calls: int
+
+    @property
+    def kernel(self) -> int:
+        """Index of its first adapting kernel."""
+        return self.kernels[0]
+
+    @property
+    def is_inserted(self) -> bool:
+        """Whether its module is new, behind what was there."""
+        return self.place != self.name
 
 
 @dataclass(frozen=True)
@@ -173,7 +204,7 @@ class Plan:
         scopes: the methods that are replaced by graphs.
         guidances: the features, in the order of the groups.
         kernels: the adapting kernels.
-        layers: the swapped convolutions, in the order in which they run.
+        layers: what becomes pixel-adaptive, in the order in which it runs.
         cost: parameters, MACs and memory, before and added.
     """
 
@@ -195,13 +226,18 @@ class Plan:
         return self.scopes[self.guidance_of(layer).scope]
 
     def added_parameters(self) -> list[str]:
-        """The `state_dict` keys that the swap adds."""
-        owned = [(layer.name, "blend") for layer in self.layers]
-        owned += [(kernel.owner, "adapting_kernel.log_bandwidth") for kernel in self.kernels]
-        projected = (g for g in self.guidances if g.spec.channels is not None)
-        owned += [(guidance.owner, "guidance.project.weight") for guidance in projected]
-        aliases = {layer.name: (layer.name, *layer.aliases) for layer in self.layers}
-        return sorted(f"{name}.{key}" for owner, key in owned for name in aliases[owner])
+        """The `state_dict` keys that the change adds."""
+        keys = [
+            f"{place}.{key}"
+            for layer in self.layers
+            for place in (layer.place, *layer.aliases)
+            for key, _ in layer.added
+        ]
+        aliases = {layer.place: (layer.place, *layer.aliases) for layer in self.layers}
+        for guidance in self.guidances:
+            if guidance.projection is not None:
+                keys += [f"{o}.guidance.project.weight" for o in aliases[guidance.owner]]
+        return sorted(keys)
 
     def record(self) -> Plan:
         """The plan as an upgraded model keeps it: layers by name, without graphs."""
@@ -214,79 +250,11 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table that fits a terminal."""
-        return _in_words(self)
+        from pacswap.surgery.words import plan_in_words
+
+        return plan_in_words(self)
 
 
 def names(layers: Iterable[PlannedLayer], group: int | None = None) -> list[str]:
     """The layers' names, of all groups or of one."""
     return [layer.name for layer in layers if group is None or layer.group == group]
-
-
-def _in_words(plan: Plan) -> str:
-    """The plan as a newcomer reads it: layers, guidance, kernels, what is rewired, the cost."""
-    size = "×".join(map(str, plan.input_shape[1:]))
-    count = len(plan.layers)
-    many = len(plan.guidances) > 1
-    rows = []
-    for layer in plan.layers:
-        kernel = plan.kernels[layer.kernel]
-        row = [layer.name, layer.conv, "×".join(map(str, kernel.output_size))]
-        row.append(", ".join(plan.guidance_of(layer).sources))
-        rows.append(row)
-    lines = [
-        f"{plan.model}, input {size}: {count} convolution{'s' if count > 1 else ''} "
-        f"become{'' if count > 1 else 's'} pixel-adaptive",
-        "",
-        *columns(["layer", "convolution", "output", "guided by"], rows),
-        "",
-    ]
-    for index, guidance in enumerate(plan.guidances):
-        kernels = [kernel for kernel in plan.kernels if kernel.guidance == index]
-        title = f"guidance {index + 1}" if many else "guidance"
-        lines.append(f"  {title:<12}{_guidance_in_words(guidance)}")
-        lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels, guidance.is_external)}")
-    lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
-    cost = plan.cost
-    lines += [
-        f"  {'parameters':<12}{plus(cost.parameters, cost.added_parameters)}",
-        f"  {'MACs':<12}{plus(cost.macs, cost.added_macs)}",
-        f"  {'memory':<12}+ {quantity(cost.added_bytes, 'B')} of activations for one image",
-    ]
-    return "\n".join(lines)
-
-
-def _guidance_in_words(guidance: PlannedGuidance) -> str:
-    parts = []
-    for name, shape in zip(guidance.sources, guidance.shapes, strict=True):
-        if shape is None:
-            parts.append(f"{name}, the keyword argument guidance=")
-        else:
-            parts.append(f"{name}, {shape[1]} channels at {shape[2]}×{shape[3]}")
-    text = " and ".join(parts)
-    if guidance.spec.source == "input+position":
-        text += ", with the position of each pixel"
-    if guidance.spec.channels is not None:
-        text += f" → {guidance.spec.channels} (1×1 projection)"
-    if guidance.spec.detach:
-        text += ", no gradient"
-    return text
-
-
-def _kernel_in_words(kernels: Sequence[PlannedKernel], external: bool) -> str:
-    spec = kernels[0].spec
-    words: list[str] = [spec.form]
-    if spec.normalize != "none":
-        words.append(f"normalised by the {spec.normalize}")
-    start = "0 (the plain convolution)" if spec.blend == 0 else f"{spec.blend:g}"
-    words.append(f"blend {start}")
-    unset = external and spec.bandwidth == "auto"
-    words.append("bandwidth 1 (not calibrated)" if unset else f"bandwidth {spec.bandwidth}")
-    count = len(kernels)
-    shared = f"; {count} of them" if count > 1 else "; one for all"
-    return ", ".join(words) + shared
-
-
-def _scope_in_words(scope: PlannedScope) -> str:
-    where = f"{scope.module}.{scope.method}" if scope.module else scope.method
-    graphs = "" if scope.evaluate is None else ", a graph for each mode"
-    return f"{where} ({scope.kind}){graphs}, the rest keeps its code"

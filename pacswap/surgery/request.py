@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args
 
-from pacswap.errors import PlanError, nearest_hint, quoted
+from pacswap.errors import PlanError, nearest_hint
+from pacswap.surgery.limits import (
+    check_crf,
+    check_filter,
+    check_flag,
+    check_kernel,
+    check_query,
+    check_word,
+)
 from pacswap.surgery.spec import (
-    Distance,
-    Form,
+    CRFSpec,
+    FilterSpec,
     Group,
     GuidanceSpec,
     KernelSpec,
     LayerQuery,
     Layers,
-    Normalize,
+    Operation,
+    PairwiseSpec,
     Resize,
 )
 
@@ -26,27 +34,34 @@ T = TypeVar("T")
 def as_groups(
     layers: Any = None,
     guidance: Any = None,
-    kernel: Any = None,
     groups: Iterable[Any] | None = None,
+    **options: Any,
 ) -> tuple[Group, ...]:
     """Groups from the arguments of `plan` and `swap`.
+
+    Args:
+        layers: of one group.
+        guidance: of one group.
+        groups: or several groups.
+        **options: the other keys of one group; those that are None count as left out.
 
     Raises:
         PlanError: with every fault of the request.
     """
     faults: list[str] = []
+    given = {key: value for key, value in options.items() if value is not None}
     if groups is None:
         if layers is None or guidance is None:
             raise PlanError(
                 "name what to swap: layers=… and guidance=…, or groups=[…] for several kinds."
             )
-        made = [_group({"layers": layers, "guidance": guidance, "kernel": kernel}, "", faults)]
-    elif layers is not None or guidance is not None or kernel is not None:
+        made = [_group({"layers": layers, "guidance": guidance, **given}, "", faults)]
+    elif layers is not None or guidance is not None or given:
         raise PlanError("give layers, guidance and kernel, or groups, not both.")
     elif isinstance(groups, str | Group | Mapping) or not isinstance(groups, Iterable):
         raise PlanError(f"groups: expected a list of groups, got {groups!r}.")
     else:
-        made = [_group(given, f"groups[{i}].", faults) for i, given in enumerate(groups)]
+        made = [_group(part, f"groups[{i}].", faults) for i, part in enumerate(groups)]
         if not made:
             faults.append("groups is empty. Give at least one group.")
     if faults:
@@ -56,14 +71,12 @@ def as_groups(
 
 
 def _group(given: Any, where: str, faults: list[str]) -> Group | None:
+    known = [f.name for f in fields(Group)]
     if isinstance(given, Group):
-        given = {
-            name: getattr(given, name) for name in ("layers", "guidance", "kernel", "override")
-        }
+        given = {name: getattr(given, name) for name in known}
     if not isinstance(given, Mapping):
         faults.append(f"{where.rstrip('.')}: expected a pacswap.Group or a mapping, got {given!r}.")
         return None
-    known = [f.name for f in fields(Group)]
     faults += [
         f"{where}{key}: unknown key. {nearest_hint(str(key), known)}"
         for key in given
@@ -78,12 +91,45 @@ def _group(given: Any, where: str, faults: list[str]) -> Group | None:
     asked = KernelSpec() if given.get("kernel") is None else given["kernel"]
     kernel = _from_mapping(KernelSpec, asked, f"{where}kernel", faults)
     if kernel is not None:
-        _check_kernel(kernel, f"{where}kernel", faults)
-    if guidance is None or kernel is None:
-        return None
+        check_kernel(kernel, f"{where}kernel", faults)
     override = given.get("override", False)
-    _check_flag(f"{where}override", override, faults)
-    return Group(layers, guidance, kernel, override)
+    check_flag(f"{where}override", override, faults)
+    operation = given.get("operation", "swap")
+    check_word(f"{where}operation", operation, get_args(Operation), faults)
+    filter = _only_for("upsample", FilterSpec, "filter", given, where, faults)
+    crf = _only_for("append", CRFSpec, "crf", given, where, faults)
+    if guidance is None or kernel is None or operation not in get_args(Operation):
+        return None
+    return Group(layers, guidance, kernel, override, operation, filter, crf)
+
+
+def _only_for(
+    operation: str, spec: type[T], key: str, given: Mapping[str, Any], where: str, faults: list[str]
+) -> T | None:
+    """The options that one operation has and the others have not."""
+    if given.get(key) is None:
+        return None
+    if given.get("operation", "swap") != operation:
+        faults.append(f"{where}{key}: belongs to operation {operation!r}. Leave it out.")
+        return None
+    asked = given[key]
+    if key == "crf" and isinstance(asked, Mapping) and "kernels" in asked:
+        asked = {**asked, "kernels": _pairwise(asked["kernels"], f"{where}crf.kernels", faults)}
+    made = _from_mapping(spec, asked, f"{where}{key}", faults)
+    if isinstance(made, FilterSpec):
+        check_filter(made, f"{where}{key}", faults)
+    if isinstance(made, CRFSpec):
+        check_crf(made, f"{where}{key}", faults)
+    return made
+
+
+def _pairwise(given: Any, where: str, faults: list[str]) -> tuple[PairwiseSpec, ...]:
+    if not isinstance(given, list | tuple) or not given:
+        faults.append(f"{where}: expected a list of pairwise kernels, got {given!r}.")
+        return (PairwiseSpec(),)
+    numbered = enumerate(given)
+    made = [_from_mapping(PairwiseSpec, one, f"{where}[{i}]", faults) for i, one in numbered]
+    return tuple(kernel for kernel in made if kernel is not None)
 
 
 def _layers(given: Any, where: str, faults: list[str]) -> Layers:
@@ -92,7 +138,7 @@ def _layers(given: Any, where: str, faults: list[str]) -> Layers:
             part = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
             part = _from_mapping(LayerQuery, part, where, faults)
         if isinstance(part, LayerQuery):
-            _check_query(part, where, faults)
+            check_query(part, where, faults)
         return part
 
     if isinstance(given, list | tuple | set):
@@ -119,52 +165,9 @@ def _guidance(given: Any, where: str, faults: list[str]) -> GuidanceSpec | None:
         faults.append(f"{where}.from: expected a name or a list of names, got {spec.source!r}.")
     if not (spec.channels is None or (type(spec.channels) is int and spec.channels >= 1)):
         faults.append(f"{where}.channels: expected a positive int or None, got {spec.channels!r}.")
-    _check_word(f"{where}.resize", spec.resize, get_args(Resize), faults)
-    _check_flag(f"{where}.detach", spec.detach, faults)
+    check_word(f"{where}.resize", spec.resize, get_args(Resize), faults)
+    check_flag(f"{where}.detach", spec.detach, faults)
     return spec
-
-
-def _check_query(query: LayerQuery, where: str, faults: list[str]) -> None:
-    for key in ("kernel_size", "stride", "dilation"):
-        value = getattr(query, key)
-        sizes = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(type(size) is int and size >= 1 for size in sizes):
-            faults.append(f"{where}.{key}: expected an int or a pair of ints, got {value!r}.")
-    for key in ("name", "exclude"):
-        value = getattr(query, key)
-        patterns = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(isinstance(text, str) for text in patterns):
-            faults.append(f"{where}.{key}: expected a pattern or a list of them, got {value!r}.")
-    _check_flag(f"{where}.last_of_stage", query.last_of_stage, faults)
-    if query.depthwise is not None:
-        _check_flag(f"{where}.depthwise", query.depthwise, faults)
-
-
-def _check_flag(where: str, value: Any, faults: list[str]) -> None:
-    if not isinstance(value, bool):
-        faults.append(f"{where}: expected True or False, got {value!r}.")
-
-
-def _check_kernel(spec: KernelSpec, where: str, faults: list[str]) -> None:
-    _check_word(f"{where}.form", spec.form, get_args(Form), faults)
-    _check_word(f"{where}.normalize", spec.normalize, get_args(Normalize), faults)
-    _check_word(f"{where}.distance", spec.distance, get_args(Distance), faults)
-    _check_flag(f"{where}.standardize", spec.standardize, faults)
-    if not _is_number(spec.blend):
-        faults.append(f"{where}.blend: expected a finite number, got {spec.blend!r}.")
-    if spec.bandwidth != "auto" and not (_is_number(spec.bandwidth) and spec.bandwidth > 0):
-        faults.append(
-            f"{where}.bandwidth: expected a positive number or 'auto', got {spec.bandwidth!r}."
-        )
-
-
-def _check_word(where: str, value: Any, known: tuple[str, ...], faults: list[str]) -> None:
-    if value not in known:
-        faults.append(f"{where}: expected one of {quoted(known)}, got {value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _from_mapping(

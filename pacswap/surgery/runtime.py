@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from pacswap.errors import GuidanceError
-from pacswap.nn import resize_guidance
+from pacswap.nn import resize_guidance, size_of
+from pacswap.nn.guidance import Like
 from pacswap.surgery.spec import Resize
 
 
@@ -69,7 +70,19 @@ def same_mode(training: bool, modes: dict[str, bool]) -> None:
             )
 
 
-def fitting_features(resized: Tensor | None, features: Tensor, like: Tensor, resize: Resize) -> Any:
+def target_size(
+    input: Tensor, output_size: Callable[[int, int], tuple[int, int]]
+) -> tuple[int, int]:
+    """(H_out, W_out) of a transposed convolution: the resolution of its guidance.
+
+    Args:
+        input: [B, C, H, W].
+        output_size: the layer's method.
+    """
+    return output_size(input.shape[-2], input.shape[-1])
+
+
+def fitting_features(resized: Tensor | None, features: Tensor, like: Like, resize: Resize) -> Any:
     """The features as they were resized for another layer, or anew for one of another resolution.
 
     Layers share features and kernels because their resolutions agree at the example input; at other
@@ -78,10 +91,10 @@ def fitting_features(resized: Tensor | None, features: Tensor, like: Tensor, res
     Args:
         resized: [B, D, H, W], or None where guidance is disabled.
         features: the guidance before it was resized.
-        like: the layer's input, [B, C, H', W'].
+        like: what has the layer's resolution, [B, C, H', W'] or (H', W').
         resize: how features are resized.
     """
-    if resized is None or resized.shape[-2:] == like.shape[-2:]:
+    if resized is None or resized.shape[-2:] == size_of(like):
         return resized
     return resize_guidance(features, like, resize)
 
@@ -90,7 +103,7 @@ def fitting_kernel(
     kernel: Tensor | None,
     resized: Tensor | None,
     features: Tensor,
-    like: Tensor,
+    like: Like,
     resize: Resize,
     make: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
@@ -100,11 +113,11 @@ def fitting_kernel(
         kernel: K, [B, 1, KH*KW, H_out, W_out], or None where guidance is disabled.
         resized: the features that it was made from; as in `fitting_features`, like the next three.
         features: the guidance.
-        like: the layer's input.
+        like: what has the layer's resolution.
         resize: how features are resized.
         make: from resized features to a kernel.
     """
-    if resized is None or resized.shape[-2:] == like.shape[-2:]:
+    if resized is None or resized.shape[-2:] == size_of(like):
         return kernel
     return make(resize_guidance(features, like, resize))
 

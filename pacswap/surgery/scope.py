@@ -15,8 +15,9 @@ from pacswap.errors import nearest, quoted
 from pacswap.surgery.checks import why_not_entered, why_not_traced
 from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.select import is_pattern, matching
-from pacswap.surgery.skeleton import Call, Entry, Observation
+from pacswap.surgery.skeleton import FUNCTION, Call, Entry, Observation
 from pacswap.surgery.spec import Group, GuidanceSpec
+from pacswap.surgery.targets import KINDS
 from pacswap.surgery.trace import TraceFailure, trace_modes
 
 IMAGE_SOURCES = ("input", "input+position")
@@ -31,7 +32,7 @@ class _Draft:
     entry: Entry
     groups: list[int]
     enter: set[str] = field(default_factory=set)
-    layers: list[str] = field(default_factory=list)
+    layers: dict[str, str] = field(default_factory=dict)  # with what is done to them
 
 
 class ScopeFinder:
@@ -53,10 +54,11 @@ class ScopeFinder:
         seen = self.seen
         if any(not seen.of(name) for name in members):
             seen = self.seen_train()  # an auxiliary head that rests in eval mode
-        layer_calls = [call for name in members for call in seen.of(name)]
+        layer_calls = [call for name in members for call in _layer_calls(name, seen)]
         fed_by = [_guidance_calls(source, self.model, seen) for source in sources]
         entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources)
-        draft = _Draft(entry, [index], layers=list(members))
+        verb = KINDS[group.operation].verb
+        draft = _Draft(entry, [index], layers=dict.fromkeys(members, verb))
         for call in layer_calls:
             draft.enter.update(_between(call.stack[:-1], entry))
         for calls, is_label in fed_by:
@@ -100,7 +102,7 @@ class ScopeFinder:
                 entry,
                 sorted(outer.groups + inner.groups),
                 outer.enter | inner.enter | (between - {entry[0]}),
-                outer.layers + inner.layers,
+                outer.layers | inner.layers,
             )
         self.drafts.append(draft)
 
@@ -207,6 +209,19 @@ def _owner_of(label: str, ran: list[str]) -> str | None:
     return None if parts else ""
 
 
+def _layer_calls(name: str, seen: Observation) -> list[Call]:
+    """The calls of a layer, or of the module in whose forward a node of that label lies."""
+    calls = seen.of(name)
+    if calls:
+        return calls
+    owner = _owner_of(name, [call.name for call in seen.calls]) or ""
+    inside = [(call.stack[-1][0], (name, FUNCTION)) for call in seen.of(owner)]
+    return [
+        replace(call, entry=entry, stack=(*call.stack, (order, entry)))
+        for call, (order, entry) in zip(seen.of(owner), inside, strict=True)
+    ]
+
+
 def _guidance_calls(source: str, model: nn.Module, seen: Observation) -> tuple[list[Call], bool]:
     """The calls that make a source, and whether it is a label (then its owner's calls)."""
     if source in ("input", "external"):
@@ -275,19 +290,25 @@ def _parents(name: str, above: str) -> list[str]:
     return [n for n in names if len(n) > len(above)]
 
 
-def _hidden_layers(scope: PlannedScope, layers: list[str]) -> list[str]:
+def _hidden_layers(scope: PlannedScope, layers: dict[str, str]) -> list[str]:
     """Why layers are no nodes of a scope's graph."""
     faults = []
     hidden = {name: why for trace in scope.traces for name, why in trace.hidden.items()}
-    for layer in layers:
+    for layer, verb in layers.items():
         local = scope.local(layer)
-        if any(trace.calls.get(local) for trace in scope.traces):
+        if any(trace.nodes_of(local) for trace in scope.traces):
             continue
         inside = [(n, why) for n, why in hidden.items() if local.startswith(f"{n}.")]
         if inside:
             name, why = max(inside, key=lambda pair: len(pair[0]))
             full = f"{scope.module}.{name}" if scope.module else name
-            faults.append(f"cannot swap '{layer}': '{full}' around it cannot be traced: {why}.")
-        else:
+            faults.append(f"cannot {verb} '{layer}': '{full}' around it cannot be traced: {why}.")
+        elif verb == "swap":
             faults.append(f"cannot swap '{layer}': it is not called as a module where it runs.")
+        else:
+            prefix = f"{scope.module}." if scope.module else ""
+            known = [f"{prefix}{label}" for trace in scope.traces for label in trace.labels]
+            close = nearest(layer, dict.fromkeys(known))
+            hint = f" Nearest: {quoted(close)}." if close else ""
+            faults.append(f"cannot {verb} '{layer}': no node of the trace has that name.{hint}")
     return faults

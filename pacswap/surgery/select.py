@@ -11,55 +11,48 @@ from torch.nn.modules.conv import _ConvNd
 
 from pacswap.errors import nearest, quoted
 from pacswap.surgery.skeleton import Observation
-from pacswap.surgery.spec import LayerPredicate, LayerQuery, Layers
-
-
-def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
-    """All convolutions of a model by dotted name, 1×1 ones included, each under its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
-
-
-def is_spatial(conv: _ConvNd) -> bool:
-    """Whether a convolution has more than one tap."""
-    return max(conv.kernel_size) > 1
+from pacswap.surgery.spec import Group, LayerPredicate, LayerQuery
+from pacswap.surgery.targets import KINDS, Kind, Target
 
 
 def select(
-    layers: Layers | Iterable[str | LayerQuery],
+    group: Group,
     model: nn.Module,
+    found: dict[str, Target],
     seen: Observation | None,
     describe: str,
 ) -> tuple[list[str], list[str]]:
-    """The convolutions that a group names.
+    """What a group names.
 
     Args:
-        layers: what `Group.layers` takes.
+        group: its `layers` and its operation.
         model: where they are sought.
+        found: what `targets` gave for the operation.
         seen: one observed forward pass, for `last_of_stage` (execution order, output sizes).
-        describe: the command or call that lists a model's layers, for messages.
+        describe: the command or call that lists what could be named, for messages.
 
     Returns:
         (names in the model's order, faults).
     """
-    convs = convolutions(model)
     faults: list[str] = []
     chosen: set[str] = set()
+    layers, kind = group.layers, KINDS[group.operation]
     parts = list(layers) if isinstance(layers, tuple | list) else [layers]
     if not parts:
-        faults.append("nothing is named. Name at least one convolution.")
+        faults.append(f"nothing is named. Name at least one {kind.noun}.")
     for part in parts:
         if isinstance(part, LayerQuery):
-            chosen.update(_by_query(part, model, convs, seen, faults))
+            chosen.update(_by_query(part, model, kind, found, seen, faults))
         elif isinstance(part, str):
-            chosen.update(_by_pattern(part, model, convs, describe, faults))
+            chosen.update(_by_pattern(part, model, kind, found, describe, faults))
         elif callable(part):
-            chosen.update(_by_callable(part, convs, faults))
+            chosen.update(_by_callable(part, kind, found, faults))
         else:
             faults.append(
                 f"expected names, patterns, queries or callables, got {part!r} "
                 f"({type(part).__name__})."
             )
-    return [name for name in convs if name in chosen], faults
+    return [name for name in found if name in chosen], faults
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -89,104 +82,111 @@ def is_pattern(text: str) -> bool:
 
 
 def _by_pattern(
-    pattern: str, model: nn.Module, convs: dict[str, _ConvNd], describe: str, faults: list[str]
+    pattern: str,
+    model: nn.Module,
+    kind: Kind,
+    found: dict[str, Target],
+    describe: str,
+    faults: list[str],
 ) -> list[str]:
     try:
-        found = matching(pattern, convs)
+        names = matching(pattern, found)
     except ValueError as error:
         faults.append(f"{error}.")
         return []
-    if not found:
-        faults.append(_no_match(pattern, model, convs, describe))
-    return found
+    if not names:
+        faults.append(_no_match(pattern, model, kind, found, describe))
+    return names
 
 
-def _no_match(pattern: str, model: nn.Module, convs: dict[str, _ConvNd], describe: str) -> str:
+def _no_match(
+    pattern: str, model: nn.Module, kind: Kind, found: dict[str, Target], describe: str
+) -> str:
     modules = dict(model.named_modules(remove_duplicate=False))
-    if pattern in modules and isinstance(modules[pattern], _ConvNd):
-        first = next(name for name, conv in convs.items() if conv is modules[pattern])
-        return f"'{pattern}' is another name of '{first}'. Use that one."
+    twins = [n for n, target in found.items() if target.module is modules.get(pattern, model)]
+    if twins:
+        return f"'{pattern}' is another name of '{twins[0]}'. Use that one."
     if pattern in modules:
-        inner = [
-            name for name in convs if name.startswith(f"{pattern}.") and is_spatial(convs[name])
-        ]
-        hint = f" Convolutions in it: {quoted(inner[:3])}." if inner else ""
-        return f"'{pattern}' is a {type(modules[pattern]).__name__}, not a convolution.{hint}"
+        inner = [n for n in found if n.startswith(f"{pattern}.") and found[n].is_spatial]
+        hint = f" {kind.nouns.capitalize()} in it: {quoted(inner[:3])}." if inner else ""
+        return f"'{pattern}' is a {type(modules[pattern]).__name__}, not a {kind.noun}.{hint}"
     text = pattern.removeprefix("re:")
-    close = nearest(text, convs)
+    close = nearest(text, found)
     hint = f" Nearest: {quoted(close)}." if close else ""
-    return f"'{pattern}' matches no convolution ({len(convs)} found).{hint} {describe}"
+    return f"'{pattern}' matches no {kind.noun} ({len(found)} found).{hint} {describe}"
 
 
 def _by_callable(
-    predicate: LayerPredicate, convs: dict[str, _ConvNd], faults: list[str]
+    predicate: LayerPredicate, kind: Kind, found: dict[str, Target], faults: list[str]
 ) -> list[str]:
     title = getattr(predicate, "__name__", repr(predicate))
-    found = []
-    for name, conv in convs.items():
+    names = []
+    for name, target in found.items():
         try:
-            if predicate(name, conv):
-                found.append(name)
+            if predicate(name, target.module):
+                names.append(name)
         except Exception as error:  # the user's own code
             faults.append(
                 f"the callable {title} raised {type(error).__name__} on '{name}': {error}. It is "
                 "called as (name, module) and returns True or False."
             )
             return []
-    if not found:
-        name = title
-        faults.append(f"the callable {name} accepts none of the {len(convs)} convolutions.")
-    return found
+    if not names:
+        faults.append(f"the callable {title} accepts none of the {len(found)} {kind.nouns}.")
+    return names
 
 
 def _by_query(
     query: LayerQuery,
     model: nn.Module,
-    convs: dict[str, _ConvNd],
+    kind: Kind,
+    found: dict[str, Target],
     seen: Observation | None,
     faults: list[str],
 ) -> list[str]:
-    spatial = {name: conv for name, conv in convs.items() if is_spatial(conv)}
-    found = [name for name, conv in spatial.items() if _has(conv, query)]
+    spatial = {name: target for name, target in found.items() if target.is_spatial}
+    nouns = f"spatial {kind.nouns}" if kind.noun == "convolution" else kind.nouns
+    names = [name for name, target in spatial.items() if _has(target, query)]
     for pattern in _strings(query.name):
         if not _safely(pattern, spatial, faults):
-            faults.append(
-                f"name: '{pattern}' matches none of the {len(spatial)} spatial convolutions."
-            )
+            faults.append(f"name: '{pattern}' matches none of the {len(spatial)} {nouns}.")
     if query.name is not None:
         named = {n for pattern in _strings(query.name) for n in _safely(pattern, spatial, [])}
-        found = [name for name in found if name in named]
+        names = [name for name in names if name in named]
     for pattern in _strings(query.exclude):
         excluded = _safely(pattern, spatial, faults)
         if not excluded:
             faults.append(
-                f"exclude: '{pattern}' matches none of the {len(spatial)} spatial convolutions. "
-                "Leave it out or mend it."
+                f"exclude: '{pattern}' matches none of the {len(spatial)} {nouns}. Leave it out or "
+                "mend it."
             )
-        found = [name for name in found if name not in excluded]
+        names = [name for name in names if name not in excluded]
     if query.last_of_stage and seen is not None:
-        found = _last_of_stage(found, model, seen)
-    if not found and not faults:
+        names = _last_of_stage(names, model, seen)
+    if not names and not faults:
         asked = ", ".join(f"{k}={v!r}" for k, v in vars(query).items() if v not in (None, False))
-        faults.append(f"none of the {len(spatial)} spatial convolutions has {asked}.")
-    return found
+        faults.append(f"none of the {len(spatial)} {nouns} has {asked}.")
+    return names
 
 
-def _has(conv: _ConvNd, query: LayerQuery) -> bool:
-    """Whether a convolution has every property that a query gives."""
-    n = len(conv.kernel_size)
+def _has(target: Target, query: LayerQuery) -> bool:
+    """Whether a target has every property that a query gives."""
 
-    def same(wanted: int | tuple[int, ...] | None, got: tuple[int, ...]) -> bool:
+    def same(wanted: int | tuple[int, ...] | None, attribute: str) -> bool:
         if wanted is None:
             return True
-        return got == ((wanted,) * n if isinstance(wanted, int) else tuple(wanted))
+        got = target.sizes(attribute)
+        if got is None:
+            return False
+        return got == ((wanted,) * len(got) if isinstance(wanted, int) else tuple(wanted))
 
-    depthwise = conv.groups > 1 and conv.groups == conv.in_channels
+    conv = target.module
+    depthwise = isinstance(conv, _ConvNd) and conv.groups > 1 and conv.groups == conv.in_channels
     return (
-        (query.type is None or type(conv).__name__ == query.type)
-        and same(query.kernel_size, conv.kernel_size)
-        and same(query.stride, conv.stride)
-        and same(query.dilation, conv.dilation)
+        (query.type is None or target.type_name == query.type)
+        and same(query.kernel_size, "kernel_size")
+        and same(query.stride, "stride")
+        and same(query.dilation, "dilation")
         and (query.depthwise is None or depthwise == query.depthwise)
     )
 

@@ -7,12 +7,15 @@ tensors live on the meta device: no memory, no arithmetic, nothing of the user's
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import PlanError
@@ -25,12 +28,14 @@ ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
 SPLIT_METHODS = ("forward_features",)
 
 
-Entry: TypeAlias = "tuple[str, str]"  # a module's dotted name ("" for the model) and a method's
+# A module's dotted name ("" for the model) and a method's, or a function's label and FUNCTION.
+Entry: TypeAlias = "tuple[str, str]"
+FUNCTION = "()"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module's `forward` or of a split method during a forward pass.
+    """One call of a module's `forward`, a split method or a function during a forward pass.
 
     Attributes:
         order: the position among all calls, from 1.
@@ -38,6 +43,7 @@ class Call:
         stack: the calls around it, outermost first, as (order, entry); this call is the last.
         input_shape: of the first argument if it is a tensor.
         output_shape: of the output if it is a tensor.
+        words: how a function was called, in a word or two.
     """
 
     order: int
@@ -45,10 +51,11 @@ class Call:
     stack: tuple[tuple[int, Entry], ...]
     input_shape: tuple[int, ...] | None
     output_shape: tuple[int, ...] | None = None
+    words: str = ""
 
     @property
     def name(self) -> str:
-        """The module's dotted name."""
+        """The module's dotted name, or the function's label."""
         return self.entry[0]
 
 
@@ -57,19 +64,23 @@ class Observation:
     """All calls of one forward pass, in the order in which they began.
 
     Attributes:
-        calls: the calls.
+        calls: the calls of modules' methods.
+        functions: the calls of `F.interpolate`, by the labels that a trace gives them.
         arguments: of the first call of each entry, on meta.
         outputs: likewise.
         macs: multiply-accumulates of convolutions and matrix products.
     """
 
     calls: list[Call] = field(default_factory=list)
+    functions: dict[str, Call] = field(default_factory=dict)
     arguments: dict[Entry, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     outputs: dict[Entry, Any] = field(default_factory=dict)
     macs: int = 0
 
     def of(self, name: str) -> list[Call]:
-        """The calls of one module's `forward`."""
+        """The calls of one module's `forward`, or that of a function with this label."""
+        if name in self.functions:
+            return [self.functions[name]]
         return [call for call in self.calls if call.entry == (name, "forward")]
 
 
@@ -177,12 +188,14 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
         PlanError: the model does not run on that input; the message has the model's own words.
     """
     seen = Observation()
-    undo = _watch(bones, seen)
+    stack: list[tuple[int, Entry]] = []
+    undo = _watch(bones, seen, stack)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
-        with torch.no_grad(), kept_random(), MacCounter() as counter:
+        functions = _Functions(seen, stack)
+        with torch.no_grad(), kept_random(), functions, MacCounter() as counter:
             bones(*args)
             seen.macs = counter.macs
     except Exception as error:  # the model's own code: anything can come out of it
@@ -208,10 +221,42 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return like(tensor, device=device)
 
 
-def _watch(bones: nn.Module, seen: Observation) -> list[Callable[[], None]]:
+class _Functions(TorchFunctionMode):
+    """Notes the calls of `F.interpolate`, under the labels that a trace will give them."""
+
+    def __init__(self, seen: Observation, stack: list[tuple[int, Entry]]) -> None:
+        super().__init__()
+        self.seen, self.stack = seen, stack
+        self.repeats: Counter[str] = Counter()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, and note it if it interpolates."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.interpolate and self.stack:
+            owner = self.stack[-1][1][0]
+            base = f"{owner}.interpolate" if owner else "interpolate"
+            label = f"{base}_{self.repeats[base]}" if self.repeats[base] else base
+            self.repeats[base] += 1
+            order = len(self.seen.calls) + 1
+            self.seen.functions[label] = Call(
+                order,
+                (label, FUNCTION),
+                (*self.stack, (order, (label, FUNCTION))),
+                _shape(args[0] if args else kwargs.get("input")),
+                _shape(output),
+                str(kwargs.get("mode", args[3] if len(args) > 3 else "nearest")),
+            )
+        return output
+
+
+def _watch(
+    bones: nn.Module, seen: Observation, stack: list[tuple[int, Entry]]
+) -> list[Callable[[], None]]:
     """Wrap every module's `forward` and split methods; returns what undoes it."""
     undo: list[Callable[[], None]] = []
-    stack: list[tuple[int, Entry]] = []
     for name, module in bones.named_modules():
         for method in ("forward", *SPLIT_METHODS):
             if callable(getattr(module, method, None)):

@@ -34,5 +34,6 @@ def plus(before: int, added: int) -> str:
     '33 M + 4.1 k (0.012 %)'
     """
     share = 100 * added / before if before else 0.0
-    shown = f"{share:.2g} %" if share >= 0.01 else "under 0.01 %"
+    shown = f"{share:.0f} %" if share >= 99.5 else f"{share:.2g} %"
+    shown = shown if share >= 0.01 else "under 0.01 %"
     return f"{quantity(before)} + {quantity(added)} ({shown})"

@@ -24,6 +24,7 @@ from pacswap.surgery.runtime import only_default
 
 LABEL = "pacswap_label"
 INPUT_SIZE = "pacswap_input_size"
+OUTPUT_SIZE = "pacswap_output_size"
 
 
 @dataclass
@@ -46,6 +47,14 @@ class Trace:
     labels: dict[str, Node] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     entered: list[str] = field(default_factory=list)
+
+    def nodes_of(self, name: str) -> list[Node]:
+        """What makes the outputs of a module, call by call, or the node of that label."""
+        if name in self.calls:
+            return self.calls[name]
+        if name in self.outputs:
+            return [value.node for value in self.outputs[name] if isinstance(value, fx.Proxy)]
+        return [self.labels[name]] if name in self.labels else []
 
 
 class TraceFailure(Exception):

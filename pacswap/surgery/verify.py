@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import PacswapError, VerificationError
+from pacswap.surgery.hearing import Ears
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.rewrite import pac_layers, plan_of, revert
 from pacswap.surgery.skeleton import ExampleInput
@@ -217,11 +218,13 @@ def _gradients(
     dead = [name for name, grad in own.items() if not _alive(grad)]
     note = f" ({nudged} zero-initialised scales opened)" if nudged else ""
     checks = [Check(2, "every swapped layer learns", not dead, _how_many(dead, len(own)) + note)]
-    _step(list({id(parameters[name]): parameters[name] for name in added}.values()))
+    own_parameters = {name: parameters[name] for name in added if name in parameters}
+    _step(list({id(p): p for p in own_parameters.values()}.values()))
     twin.zero_grad()
     _backward(twin, args, extra)
-    still = [name for name in added if not _alive(parameters[name].grad)]
-    words = _how_many(still, len(added)) + note
+    learns = [name for name in added if name in parameters]
+    still = [name for name in learns if not _alive(parameters[name].grad)]
+    words = _how_many(still, len(learns)) + note
     return [*checks, Check(2, "after one step everything added learns", not still, words)]
 
 
@@ -308,26 +311,21 @@ def _guided(upgraded: nn.Module, plan: Plan, args: tuple[Any, ...], extra: dict[
     """Promise 5: every planned layer is there and answers to its guidance."""
     twin = copy.deepcopy(upgraded).eval()
     layers = pac_layers(twin)
-    missing = [layer.name for layer in plan.layers if layer.name not in layers]
-    heard = dict.fromkeys(layers, 0.0)
-    for name, layer in layers.items():
-
-        def note(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
-        ) -> None:
-            kernel = kwargs.get("kernel")
-            if kernel is not None:
-                heard[name] = max(heard[name], (kernel - 1).abs().max().item())
-
-        layer.register_forward_pre_hook(note, with_kwargs=True)
+    places = {layer.place: plan.kernels[layer.kernel].spec.form for layer in plan.layers}
+    missing = [place for place in places if place not in layers]
+    ears = Ears(layers)
     with torch.no_grad():
         twin(*_copied(args), **extra)
-        if not all(heard.values()):  # a head that rests in eval mode
+        if not all(ears.heard.values()):  # a head that rests in eval mode
             twin.train()
             twin(*_copied(args), **extra)
-    deaf = [name for name, largest in heard.items() if largest == 0]
+    adaptive = [place for place, form in places.items() if form != "constant"]
+    deaf = [name for name in adaptive if ears.heard.get(name) == 0]
+    name = "every planned layer is in place and guided"
+    if len(adaptive) < len(places):
+        name += f" ({len(places) - len(adaptive)} held constant)"
     words = _how_many(missing + deaf, len(plan.layers), "answer to their guidance")
-    return Check(5, "every planned layer is swapped and guided", not missing and not deaf, words)
+    return Check(5, name, not missing and not deaf, words)
 
 
 def _alive(grad: Tensor | None) -> bool:

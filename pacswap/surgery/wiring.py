@@ -20,7 +20,7 @@ from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.scope import IMAGE_SOURCES, no_such_source
 from pacswap.surgery.skeleton import Observation
 from pacswap.surgery.spec import GuidanceSpec
-from pacswap.surgery.trace import INPUT_SIZE, LABEL, Trace
+from pacswap.surgery.trace import INPUT_SIZE, LABEL, OUTPUT_SIZE, Trace
 
 _TAKEN = (
     "'external' would give forward a keyword argument 'guidance', and it has one of that name "
@@ -45,13 +45,17 @@ class Probe:
         """The shape of a node's value, or None if it is not a tensor."""
         return next((shapes[node] for shapes in self.shapes if node in shapes), None)
 
-    def input_size(self, layer: str) -> tuple[int, int]:
-        """H, W of the first tensor that a layer (named relative to the scope) receives."""
+    def feature_map(self, layer: str, *, inserted: bool) -> tuple[int, int, int]:
+        """C, H, W of what a layer filters: its first input, or what it is put behind."""
         for trace, shapes in zip(self.scope.traces, self.shapes, strict=True):
-            for node in trace.calls.get(layer, []):
-                shape = shapes[node.all_input_nodes[0]]
-                return shape[-2], shape[-1]
+            for node in trace.nodes_of(self.scope.local(layer)):
+                shape = shapes[node if inserted else node.all_input_nodes[0]]
+                return shape[-3], shape[-2], shape[-1]
         raise AssertionError(f"{layer} has no node")
+
+    def output_size(self, layer: str) -> tuple[int, int]:
+        """H, W of what a layer returns."""
+        return self.feature_map(layer, inserted=True)[1:]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def probe_scope(
         if training or scope.evaluate is not None:
             probe.shapes.append(runner.shapes)
         probe.overwritten |= runner.overwritten()
-        _note_input_sizes(trace, runner.shapes)
+        _note_sizes(trace, runner.shapes)
     return probe, None
 
 
@@ -158,8 +162,9 @@ def _why_not_same(ours: tuple[Any, list[str]], theirs: tuple[Any, list[str]]) ->
     return None
 
 
-def _note_input_sizes(trace: Trace, shapes: dict[Node, tuple[int, ...]]) -> None:
+def _note_sizes(trace: Trace, shapes: dict[Node, tuple[int, ...]]) -> None:
     for node in trace.graph.nodes:
+        node.meta[OUTPUT_SIZE] = shapes.get(node, ())[-2:]
         if node.op == "call_module" and node.all_input_nodes:
             node.meta[INPUT_SIZE] = shapes.get(node.all_input_nodes[0], ())[-2:]
 
@@ -215,9 +220,21 @@ def source_names(scope: PlannedScope, spec: GuidanceSpec) -> list[str]:
 
 
 def why_not_fed(
-    scope: PlannedScope, spec: GuidanceSpec, layers: list[str], seen: Observation
+    scope: PlannedScope,
+    spec: GuidanceSpec,
+    layers: list[str],
+    inserted: set[str],
+    seen: Observation,
 ) -> list[tuple[str, str]]:
-    """(field, message) for each source that a graph lacks or computes after its use."""
+    """(field, message) for each source that a graph lacks or computes after its use.
+
+    Args:
+        scope: with its traces.
+        spec: the guidance.
+        layers: those that it feeds.
+        inserted: those of them behind which something is put.
+        seen: a forward pass.
+    """
     faults: list[tuple[str, str]] = []
     for trace in scope.traces:
         rank = {node: index for index, node in enumerate(trace.graph.nodes)}
@@ -236,8 +253,10 @@ def why_not_fed(
                 faults.append(("guidance", _ambiguous(scope, source, labels)))
                 continue
             for layer in layers:
-                calls = trace.calls.get(scope.local(layer), [])
-                if calls and rank[node] >= rank[calls[0]]:
+                calls = trace.nodes_of(scope.local(layer))
+                # What is put behind a layer may look at the layer's own output.
+                ready = rank[node] - (layer in inserted)
+                if calls and ready >= rank[calls[0]]:
                     faults.append(
                         ("guidance", _too_late(layer, source, calls[0], trace, scope, seen))
                     )

@@ -1,0 +1,194 @@
+"""From claims that have been traced to the parts of a plan: layers, shared kernels, guidances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pacswap.nn import Adaptive, PacCRF
+from pacswap.surgery.cost import layer_macs
+from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
+from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
+from pacswap.surgery.skeleton import skeleton
+from pacswap.surgery.spec import Group
+from pacswap.surgery.targets import Target, in_words, is_inserted
+from pacswap.surgery.wiring import Probe, locate_guidance
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_PREFIX = {"upsample": "guided", "append": "crf"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A target and the group that wants it."""
+
+    target: Target
+    group: int
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.target.name
+
+
+class Assembly:
+    """Collects layers into shared kernels and guidances.
+
+    Attributes:
+        faults: (message, group, field) of what cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: tuple[Group, ...],
+        sizes: Mapping[str, tuple[tuple[int, ...], ...]],
+    ) -> None:
+        self.model, self.groups, self.sizes = model, groups, sizes
+        self.guidances: list[PlannedGuidance] = []
+        self.kernels: list[PlannedKernel] = []
+        self.layers: list[PlannedLayer] = []
+        self.faults: list[tuple[str, int, str]] = []
+        self._shared: dict[object, int] = {}
+
+    def add(self, index: int, scope: PlannedScope, probe: Probe, claim: Claim) -> None:
+        """Plan one layer of the scope with that index."""
+        group, target = self.groups[claim.group], claim.target
+        inserted = is_inserted(group.operation, target)
+        place = self._new_place(group, scope, claim.name) if inserted else claim.name
+        guidance = self._guidance(index, scope, probe, claim, place)
+        channels, *input_size = probe.feature_map(claim.name, inserted=inserted)
+        size = probe.output_size(claim.name) if at_output(group, target) else tuple(input_size)
+        old = None if inserted else target.module
+        twin = None if old is None else skeleton(old)
+        module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
+        self._check_channels(claim, group, guidance, channels)
+        kernels, added = self._kernels(claim, group, place, guidance, module, size)
+        self.layers.append(
+            PlannedLayer(
+                claim.name,
+                claim.group,
+                group.operation,
+                in_words(group.operation, target),
+                place,
+                tuple(kernels),
+                tuple(added),
+                layer_macs(module, channels, self.kernels[kernels[0]].output_size)
+                * max(1, self._calls(scope, claim.name)),
+                channels,
+                () if inserted else self._aliases(claim.name),
+                self._calls(scope, claim.name),
+            )
+        )
+
+    def _kernels(
+        self,
+        claim: Claim,
+        group: Group,
+        place: str,
+        guidance: int,
+        module: Adaptive,
+        size: tuple[int, int],
+    ) -> tuple[list[int], list[tuple[str, int]]]:
+        """The indices of a layer's kernels, and the tensors that the layer adds."""
+        assert isinstance(module, nn.Module)
+        kept = set() if claim.target.module is None else set(claim.target.module.state_dict())
+        if place != claim.name:
+            kept = set()
+        added = {key: t.numel() for key, t in module.state_dict().items() if key not in kept}
+        indices = []
+        spec = resolved_kernel(group, None if place != claim.name else claim.target.module)
+        for path, kernel in kernels_of(module).items():
+            owner = f"{place}.{path}" if path else place
+            key: object = owner
+            if not isinstance(module, PacCRF):
+                geometry = (kernel.window, getattr(kernel, "transposed", None))
+                wide = tuple(p.shape for p in kernel.parameters())
+                sizes = self.sizes[claim.name]
+                key = (guidance, spec, type(kernel), geometry, wide, sizes)
+            if key not in self._shared:
+                self._shared[key] = len(self.kernels)
+                out = kernel.window.output_size(*size)
+                self.kernels.append(
+                    PlannedKernel(guidance, spec, owner, size, out, kernel.window.taps)
+                )
+            indices.append(self._shared[key])
+            if self.kernels[indices[-1]].owner != owner:
+                added = {k: n for k, n in added.items() if not k.startswith("adapting_kernel.")}
+        return indices, list(added.items())
+
+    def _guidance(
+        self, index: int, scope: PlannedScope, probe: Probe, claim: Claim, place: str
+    ) -> int:
+        for known, guidance in enumerate(self.guidances):
+            if (guidance.group, guidance.scope) == (claim.group, index):
+                return known
+        group = self.groups[claim.group]
+        located = locate_guidance(scope, group.guidance, probe)
+        planned = PlannedGuidance(
+            group=claim.group,
+            scope=index,
+            sources=located.sources,
+            spec=group.guidance,
+            shapes=located.shapes,
+            owner=place,
+            cloned=located.cloned,
+            projected=group.kernel.form != "constant",
+        )
+        for message in located.faults(planned.in_channels):
+            self.faults.append((message, claim.group, "guidance"))
+        self.guidances.append(planned)
+        return len(self.guidances) - 1
+
+    def _check_channels(self, claim: Claim, group: Group, guidance: int, channels: int) -> None:
+        """A kernel for each channel needs a guidance of as many."""
+        given = self.guidances[guidance].channels
+        if group.kernel.channel_wise and given is not None and given != channels:
+            self.faults.append(
+                (
+                    f"channel_wise needs as many guidance channels as '{claim.name}' has, "
+                    f"{channels}, got {given}. Set the guidance's channels to {channels}.",
+                    claim.group,
+                    "kernel",
+                )
+            )
+
+    def _calls(self, scope: PlannedScope, name: str) -> int:
+        return max(len(trace.nodes_of(scope.local(name))) for trace in scope.traces)
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        module = self.model.get_submodule(name)
+        everywhere = self.model.named_modules(remove_duplicate=False)
+        return tuple(other for other, m in everywhere if m is module and other != name)
+
+    def _new_place(self, group: Group, scope: PlannedScope, name: str) -> str:
+        """Where an inserted module lives: in the module around it that is no container.
+
+        A Sequential would call it, and its length and slices would change.
+        """
+        owner, parts = name.rpartition(".")[0], [name.rpartition(".")[2]]
+        while owner != scope.module and self._is_container(owner):
+            owner, _, part = owner.rpartition(".")
+            parts.insert(0, part)
+        around = self.model.get_submodule(owner)
+        word = f"{_PREFIX[group.operation]}_{'_'.join(parts)}"
+        taken = {layer.place.rpartition(".")[2] for layer in self.layers}
+        free, count = word, 0
+        while hasattr(around, free) or free in taken:
+            count += 1
+            free = f"{word}_{count}"
+        return f"{owner}.{free}" if owner else free
+
+    def _is_container(self, name: str) -> bool:
+        modules = dict(self.model.named_modules())
+        return name not in modules or isinstance(modules[name], _CONTAINERS)
+
+
+def at_output(group: Group, target: Target) -> bool:
+    """Whether a layer's guidance has the resolution of its output, and not of its input."""
+    if is_inserted(group.operation, target):
+        return True
+    return isinstance(target.module, nn.ConvTranspose2d)

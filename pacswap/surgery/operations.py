@@ -1,0 +1,130 @@
+"""From a planned layer to its pixel-adaptive module and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from pacswap.nn import (
+    AdaptingKernel,
+    Adaptive,
+    PacConv2d,
+    PacConvTranspose2d,
+    PacCRF,
+    PacFilter2d,
+    PacPool2d,
+    PairwiseKernel,
+)
+from pacswap.surgery.spec import (
+    CRFSpec,
+    FilterSpec,
+    Group,
+    KernelSpec,
+    Normalize,
+    PairwiseSpec,
+)
+
+# What pixel-adaptive layers have and plain ones have not.
+OWN_ATTRIBUTES = ("enabled", "guided_by", "shared_filters", "window")
+
+
+def adaptive_module(
+    group: Group, module: nn.Module | None, channels: int, like: Tensor
+) -> Adaptive:
+    """What an operation puts in a module's place, or behind it.
+
+    Args:
+        group: what was asked for.
+        module: what is replaced, whose parameters the new layer shares; None where something is
+            inserted.
+        channels: of the value that is filtered, C.
+        like: a tensor whose device and dtype new parameters get.
+
+    Returns:
+        The layer, with an adapting kernel of its own.
+    """
+    options = kernel_options(resolved_kernel(group, module))
+    blend = group.kernel.blend
+    if isinstance(module, nn.Conv2d):
+        return PacConv2d.from_conv(module, blend=blend, **options)
+    if isinstance(module, nn.ConvTranspose2d):
+        return PacConvTranspose2d.from_conv(module, blend=blend, **options)
+    if isinstance(module, nn.AvgPool2d | nn.MaxPool2d):
+        return PacPool2d.from_pool(module, blend=blend, channels=channels, like=like, **options)
+    made: dict[str, Any] = {"blend": blend, "device": like.device, "dtype": like.dtype}
+    if group.operation == "upsample":
+        spec = group.filter or FilterSpec()
+        return PacFilter2d(
+            channels,
+            spec.kernel_size,
+            dilation=spec.dilation,
+            weights=spec.weights,
+            steps=spec.steps,
+            **made,
+            **options,
+        )
+    crf = group.crf or CRFSpec()
+    width = options.pop("bandwidth")
+    return PacCRF(
+        channels,
+        [_pairwise(kernel, width) for kernel in crf.kernels],
+        steps=crf.steps,
+        shared_steps=crf.shared_steps,
+        unary_weight=crf.unary_weight,
+        **made,
+        **options,
+    )
+
+
+def plain_module(layer: Adaptive) -> nn.Module:
+    """What was in a replaced layer's place, with the weights as they are now."""
+    if isinstance(layer, PacPool2d):
+        return layer.to_pool()
+    assert isinstance(layer, PacConv2d | PacConvTranspose2d)
+    return layer.to_conv()
+
+
+def own_parameters(layer: Adaptive) -> set[str]:
+    """The parameters of the plain layer that a pixel-adaptive one keeps."""
+    return {"weight", "bias"} if isinstance(layer, PacConv2d | PacConvTranspose2d) else set()
+
+
+def kernels_of(layer: Adaptive) -> dict[str, AdaptingKernel]:
+    """The adapting kernels inside a layer, by the dotted path of what holds them ("" for it)."""
+    assert isinstance(layer, nn.Module)
+    return {
+        name.removesuffix("adapting_kernel").removesuffix("."): module
+        for name, module in layer.named_modules()
+        if isinstance(module, AdaptingKernel)
+    }
+
+
+def resolved_kernel(group: Group, module: nn.Module | None) -> KernelSpec:
+    """A group's kernel for one of its layers, with a `normalize` that was left open decided.
+
+    What averages has to divide; a convolution keeps the scale of its weights.
+    """
+    if group.kernel.normalize is not None:
+        return group.kernel
+    normalize: Normalize = "none"
+    if group.operation == "pool" or (group.operation == "upsample" and module is None):
+        normalize = "sum"
+    elif group.operation == "upsample":
+        normalize = "mean"
+    return replace(group.kernel, normalize=normalize)
+
+
+def kernel_options(spec: KernelSpec) -> dict[str, Any]:
+    """A kernel's specification as the options of `AdaptingKernel`."""
+    options = dict(vars(spec))
+    del options["blend"]
+    options["bandwidth"] = 1.0 if spec.bandwidth == "auto" else spec.bandwidth
+    return options
+
+
+def _pairwise(spec: PairwiseSpec, width: float) -> PairwiseKernel:
+    options = dict(vars(spec))
+    options["color"] = width if options.pop("guided") else None
+    return PairwiseKernel(**options)

@@ -1,0 +1,196 @@
+"""From traced graphs to graphs in which every planned layer receives its guidance."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.fx.node import Node
+
+from pacswap.nn import resize_guidance
+from pacswap.surgery.plan import Plan, PlannedLayer, PlannedScope
+from pacswap.surgery.program import Program
+from pacswap.surgery.runtime import (
+    fitting_features,
+    fitting_kernel,
+    not_checkpointed,
+    required_guidance,
+    same_mode,
+    target_size,
+)
+from pacswap.surgery.trace import INPUT_SIZE, OUTPUT_SIZE, Trace
+from pacswap.surgery.wiring import source_node
+
+
+def program_of(model: nn.Module, plan: Plan, scope: PlannedScope) -> Program:
+    """The code that replaces a scope's method.
+
+    Args:
+        model: with the planned layers in it.
+        plan: with its graphs.
+        scope: one of the plan's.
+    """
+    external = any(
+        guidance.is_external and plan.scopes[guidance.scope] is scope for guidance in plan.guidances
+    )
+    graphs = tuple(_rewired(model, trace, plan, scope, external) for trace in scope.traces)
+    return Program.of(scope.method, graphs, ("guidance",) if external else ())
+
+
+def _rewired(
+    model: nn.Module, trace: Trace, plan: Plan, scope: PlannedScope, external: bool
+) -> fx.Graph:
+    """A copy of a graph in which every planned layer receives its adapting kernel."""
+    graph = fx.Graph()
+    twin: dict[Node, Node] = {}
+    result = graph.graph_copy(trace.graph, twin)
+    end = graph.output(result)
+    wiring = _Wiring(graph, trace, twin, plan, scope)
+    wiring.add_guards(model)
+    if external:
+        wiring.add_external_input()
+    original = {*twin.values(), end}
+    at: dict[Node, list[PlannedLayer]] = {}
+    for layer in plan.layers:
+        if plan.scope_of(layer) is scope:
+            for node in trace.nodes_of(scope.local(layer.name)):
+                at.setdefault(twin[node], []).append(layer)
+    # In the order in which they run, so that what is shared is made before its first use.
+    for node in [node for node in graph.nodes if node in at]:
+        value = node
+        for layer in sorted(at[node], key=lambda layer: layer.is_inserted):
+            if layer.is_inserted:
+                value = wiring.insert(layer, node, value, original)
+            else:
+                wiring.feed(layer, node)
+    graph.lint()
+    return graph
+
+
+class _Wiring:
+    """Adds guidance → project → resize → adapting kernel to a graph, each once."""
+
+    def __init__(
+        self, graph: fx.Graph, trace: Trace, twin: dict[Node, Node], plan: Plan, scope: PlannedScope
+    ) -> None:
+        self.graph, self.trace, self.twin, self.plan, self.scope = graph, trace, twin, plan, scope
+        self.external: Node | None = None
+        self.features: dict[int, Node] = {}
+        self.resized: dict[tuple[int, tuple[int, int]], Node] = {}
+        self.kernels: dict[tuple[int, tuple[int, int]], tuple[Node, Node]] = {}
+
+    def add_guards(self, model: nn.Module) -> None:
+        """Check at each call that what the trace took for granted still holds."""
+        root = model.get_submodule(self.scope.module)
+        inside = {name: root.get_submodule(name) for name in ("", *self.trace.entered)}
+        paths = {name: f"{name}." if name else "" for name in inside}
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            flags = [n for n, module in inside.items() if hasattr(module, "grad_checkpointing")]
+            if flags:
+                values = tuple(self._attribute(f"{paths[n]}grad_checkpointing") for n in flags)
+                self.graph.call_function(not_checkpointed, (values,))
+            if self.scope.evaluate is not None:
+                modes = {n: self._attribute(f"{paths[n]}training") for n in self.trace.entered}
+                training = self.trace is self.scope.train
+                self.graph.call_function(same_mode, (training, modes))
+
+    def add_external_input(self) -> None:
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        with self.graph.inserting_after(inputs[-1]):
+            given = self.graph.create_node("placeholder", "guidance", (None,), {})
+        owner = next(g.owner for g in self.plan.guidances if g.is_external)
+        with self.graph.inserting_after(given):
+            enabled = self._attribute(f"{self.scope.local(owner)}.guidance.enabled")
+        with self.graph.inserting_after(enabled):
+            self.external = self.graph.call_function(required_guidance, (given, enabled))
+
+    def feed(self, layer: PlannedLayer, call: Node) -> None:
+        """Give a call of a replaced layer its adapting kernel."""
+        size, like = call.meta[INPUT_SIZE], call.all_input_nodes[0]
+        with self.graph.inserting_before(call):
+            if layer.operation == "upsample":  # transposed: the guidance is as large as the output
+                make = self._attribute(f"{self.scope.local(layer.place)}.output_size")
+                like = self.graph.call_function(target_size, (like, make))
+                size = call.meta[OUTPUT_SIZE]
+            call.kwargs = {**call.kwargs, "kernel": self.kernel(layer.kernel, size, like)}
+
+    def insert(self, layer: PlannedLayer, node: Node, value: Node, original: set[Node]) -> Node:
+        """Put a layer behind a value; what the model did with the value, it does with the result.
+
+        Args:
+            layer: what is inserted.
+            node: what the model computes.
+            value: that, or what was put behind it before.
+            original: the nodes of the model.
+        """
+        users = [user for user in value.users if user in original]
+        size, target = node.meta[OUTPUT_SIZE], self.scope.local(layer.place)
+        guidance = self.plan.kernels[layer.kernel].guidance
+        mode = self.plan.guidances[guidance].spec.resize
+        features = self._features(guidance)
+        order = {n: rank for rank, n in enumerate(self.graph.nodes)}
+        with self.graph.inserting_before(max(value, features, key=order.__getitem__).next):
+            if layer.operation == "append":
+                how = (features, value, mode)
+                resized = self._at_resolution(guidance, size, how)
+                new = self.graph.create_node("call_module", target, (value, resized), {})
+            else:
+                kernel = self.kernel(layer.kernel, size, value)
+                options = {"kernel": kernel}
+                new = self.graph.create_node("call_module", target, (value,), options)
+        for user in users:
+            user.replace_input_with(value, new)
+        return new
+
+    def kernel(self, index: int, size: tuple[int, int], like: Node) -> Node:
+        """An adapting kernel for a layer at that resolution, made unless it is there already."""
+        planned = self.plan.kernels[index]
+        target = f"{self.scope.local(planned.owner)}.adapting_kernel"
+        mode = self.plan.guidances[planned.guidance].spec.resize
+        features = self._features(planned.guidance)
+        if (index, size) in self.kernels:
+            shared = self.kernels[index, size]
+            make = self._attribute(target)
+            return self.graph.call_function(fitting_kernel, (*shared, features, like, mode, make))
+        resized = self._at_resolution(planned.guidance, size, (features, like, mode))
+        kernel = self.graph.create_node("call_module", target, (resized,), {})
+        self.kernels[index, size] = kernel, resized
+        return kernel
+
+    def _at_resolution(
+        self, guidance: int, size: tuple[int, int], how: tuple[Node, Node, str]
+    ) -> Node:
+        if (guidance, size) in self.resized:
+            shared = self.resized[guidance, size]
+            return self.graph.call_function(fitting_features, (shared, *how))
+        self.resized[guidance, size] = self.graph.call_function(resize_guidance, how)
+        return self.resized[guidance, size]
+
+    def _features(self, index: int) -> Node:
+        """The projected guidance, computed as soon as its last source is there."""
+        if index not in self.features:
+            guidance = self.plan.guidances[index]
+            sources = []
+            for name, cloned in zip(guidance.sources, guidance.cloned, strict=True):
+                node = self._source(name)
+                if cloned:  # the model overwrites it in place; the copy keeps what was there
+                    with self.graph.inserting_after(node):
+                        node = self.graph.call_method("clone", (node,))
+                sources.append(node)
+            order = {node: rank for rank, node in enumerate(self.graph.nodes)}
+            with self.graph.inserting_after(max(sources, key=order.__getitem__)):
+                target = f"{self.scope.local(guidance.owner)}.guidance"
+                self.features[index] = self.graph.create_node(
+                    "call_module", target, tuple(sources), {}
+                )
+        return self.features[index]
+
+    def _attribute(self, target: str) -> Node:
+        return self.graph.create_node("get_attr", target)
+
+    def _source(self, name: str) -> Node:
+        if name == "external":
+            assert self.external is not None
+            return self.external
+        node = source_node(self.trace, self.scope, name)
+        assert node is not None
+        return self.twin[node]
