@@ -35,6 +35,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names = {"images": torch.randn(2, 3, 64, 64), "features": torch.randn(1, 64, 8, 8)}
     names["guidance"] = torch.randn(1, 5, 8, 8)
     for block in blocks("python"):
+        block = block.replace('weights="DEFAULT"', "weights=None, weights_backbone=None")
         exec(block.replace("pretrained=True", "pretrained=False"), names)
     assert type(names["plain"]).__name__ == "EfficientNet"
     assert names["y"].shape == (1, 64, 8, 8)

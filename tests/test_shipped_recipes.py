@@ -24,12 +24,17 @@ RECIPES = {
 SWAPPED = {
     "convnext_tiny": (3, 3, 7),
     "deeplabv3_resnet50": (3, 3, 7),
+    "deeplabv3_resnet50_guided": (1, 1, 4),
     "efficientnet_b0": (4, 4, 9),
     "fcn_resnet50": (3, 3, 7),
+    "fcn_resnet50_crf": (1, 2, 7),
+    "fcn_resnet50_guided": (1, 1, 4),
     "lraspp_mobilenet_v3_large": (2, 1, 4),
     "mobilenetv2_100": (4, 2, 7),
     "quickstart": (4, 3, 8),
     "resnet50": (3, 3, 7),
+    "resnet50d_pool": (3, 3, 13),
+    "squeezenet1_1_pool": (3, 3, 7),
     "vgg16_hotswap": (3, 3, 6),
 }
 # A dilation of 36 has to find a neighbour inside the features, at an eighth of the image's size.
