@@ -1,4 +1,7 @@
-"""Model directories: weights as safetensors, structure as a recipe; loaded without user code."""
+"""Model directories: weights as safetensors, structure as a recipe; loaded without user code.
+
+What the paper's own code has published is read by `pacswap.pacnet`, whose functions are here too.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,29 @@ import torch
 from torch import nn
 
 from pacswap.errors import CheckpointError, PacswapError, quoted
+from pacswap.pacnet import Fcn8s, load_fcn8s, load_joint_upsample, load_layer
 from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe, recipe_data
 from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
 from pacswap.surgery.skeleton import skeleton
 from pacswap.zoo import Source, bare, build, identify, why_not_twin
 from pacswap.zoo.weights import why_not_fit
+
+__all__ = [
+    "Fcn8s",
+    "example_of",
+    "groups_of",
+    "load",
+    "load_fcn8s",
+    "load_joint_upsample",
+    "load_layer",
+    "new_folder",
+    "pinned",
+    "recipe_of",
+    "refuse_existing",
+    "save",
+    "source_of",
+    "write_model",
+]
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"

@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "ops": {"errors"},
     "nn": {"ops", "errors"},
     "surgery": {"nn", "ops", "scenes", "errors"},
-    "pacnet": {"nn", "ops", "errors"},
     "zoo": {"scenes", "shipped", "errors"},
+    "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
     "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "errors"},
     "report": {"surgery", "errors"},
@@ -44,9 +44,10 @@ MAY_IMPORT = {
 PUBLIC = {
     "pacswap": """Group GuidanceSpec KernelSpec LayerQuery Plan Verification __version__ apply
         disabled errors layers load nn ops plan revert rewrite save swap verify""",
-    "pacswap.nn": """AdaptingKernel Adaptive Guidance KernelOptions PacCRF PacConv2d PacConvTranspose2d
-        PacFilter2d PacPool2d PairwiseKernel PairwiseTerm TransposedKernel reduced
-        resize_guidance size_of toward why_not_project""",
+    "pacswap.nn": """AdaptingKernel Adaptive Guidance JointBilateralUpsample JointUpsample
+        KernelOptions PacCRF PacConv2d PacConvTranspose2d PacFilter2d PacPool2d
+        PairwiseKernel PairwiseTerm TransposedKernel reduced resize_guidance size_of
+        toward why_not_project""",
     "pacswap.ops": """Window adapting_kernel attach_kernel_gradient blended compute_dtype convolve
         explain guidance_window insert_zeros inserted_mask make_window masked output_mask
         pac_conv2d pac_conv_transpose2d pac_pool2d smoothing_filter standardized

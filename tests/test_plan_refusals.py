@@ -109,7 +109,8 @@ WRONG: dict[str, Wrong] = {
         "  - groups[1].layer: unknown key. Nearest: 'layers', 'filter'.\n"
         "  - groups[1].layers: missing.\n"
         "  - groups[1].guidance: missing.\n"
-        "  - groups[2].kernel.form: expected one of 'gaussian', 'laplacian', 'inverse', 'constant', got 'box'.\n"
+        "  - groups[2].kernel.form: expected one of 'gaussian', 'laplacian', 'inverse', "
+        "'constant', got 'box'.\n"
         "  - groups[2].kernel.blend: expected a finite number, got None.",
         layers=None,
         guidance=None,

@@ -5,6 +5,7 @@ from pacswap.nn.conv import PacConv2d
 from pacswap.nn.crf import PacCRF, PairwiseKernel
 from pacswap.nn.filter import PacFilter2d
 from pacswap.nn.guidance import Guidance, resize_guidance, size_of, why_not_project
+from pacswap.nn.joint import JointBilateralUpsample, JointUpsample
 from pacswap.nn.kernel import AdaptingKernel, KernelOptions, TransposedKernel
 from pacswap.nn.pairwise import PairwiseTerm, reduced
 from pacswap.nn.pool import PacPool2d
@@ -14,6 +15,8 @@ __all__ = [
     "AdaptingKernel",
     "Adaptive",
     "Guidance",
+    "JointBilateralUpsample",
+    "JointUpsample",
     "KernelOptions",
     "PacCRF",
     "PacConv2d",
