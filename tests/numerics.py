@@ -8,8 +8,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -270,3 +272,102 @@ def assert_all_close64(
         raise AssertionError(f"expected the quantities {list(truths)}, got {list(values)}")
     for name, value in values.items():
         assert_close64(value, truths[name], relative=relative, name=name)
+
+
+def source(index: int, length: int, mode: str) -> int | None:
+    """The pixel that a place in the border repeats; None for a zero."""
+    if 0 <= index < length:
+        return index
+    if mode == "reflect":
+        return -index if index < 0 else 2 * (length - 1) - index
+    if mode == "replicate":
+        return min(max(index, 0), length - 1)
+    return index % length if mode == "circular" else None
+
+
+def looped_smooth(f: Any, filter: Any, window: Window, y: int, x: int) -> Any:
+    """The features [D] at a window's centre (y, x), smoothed with zeros beyond the image."""
+    H, W = f.shape[1:]
+    if window.padding_mode != "zeros":
+        y, x = (source(v, n, window.padding_mode) for v, n in ((y, H), (x, W)))
+    total = np.zeros(len(f))
+    for i, j in product(*map(range, filter.shape)):
+        row, column = y + i - filter.shape[0] // 2, x + j - filter.shape[1] // 2
+        if 0 <= row < H and 0 <= column < W:
+            total += filter[i, j] * f[:, row, column]
+    return total
+
+
+def looped_taps(f: Any, window: Window, p: tuple[int, int], mask: Any, filter: Any) -> Any:
+    """At output pixel p: f_q − f_p [taps, D], which taps are inside, which of them are valid."""
+    corner = [v * s - pad for v, s, pad in zip(p, window.stride, window.pad[2::-2], strict=True)]
+    middle = ((window.kernel_size[0] - 1) // 2, (window.kernel_size[1] - 1) // 2)
+    H, W = f.shape[1:]
+
+    def at(i: int, j: int) -> tuple[Any, bool, bool]:
+        y = source(corner[0] + i * window.dilation[0], H, window.padding_mode)
+        x = source(corner[1] + j * window.dilation[1], W, window.padding_mode)
+        if y is None or x is None:
+            return np.zeros(len(f)), False, False
+        return f[:, y, x], True, bool(mask is None or mask[y, x] > 0)
+
+    seen = [at(i, j) for i, j in product(*map(range, window.kernel_size))]
+    centre = at(*middle)[0]
+    if filter is not None:
+        places = (c + m * d for c, m, d in zip(corner, middle, window.dilation, strict=True))
+        centre = looped_smooth(f, filter, window, *places)
+    features, inside, valid = (np.array(values) for values in zip(*seen, strict=True))
+    return features - centre, inside, valid
+
+
+def looped_kernel(
+    guidance: Tensor,
+    window: Window,
+    *,
+    form: str = "gaussian",
+    alpha: Any = 0.0,
+    lambd: Any = -1.0,
+    asymmetric: bool = False,
+    smoothing: Tensor | None = None,
+    channel_wise: bool = False,
+    mask: Tensor | None = None,
+    distance: str = "sum",
+    bandwidth: Any = 1.0,
+    normalize: str = "none",
+    blend: Any = 1.0,
+) -> Tensor:
+    """`adapting_kernel` pixel by pixel, from its docstring and without torch."""
+    B, D, H, W = guidance.shape
+    f, width, a, b = guidance.numpy(), float(bandwidth), np.asarray(alpha), np.asarray(lambd)
+    filter = None if smoothing is None else smoothing.numpy()
+    size = window.output_size(H, W)
+    result = np.zeros((B, D if channel_wise else 1, window.taps, *size))
+    for n, y, x in product(range(B), *map(range, size)):
+        hidden = None if mask is None else mask[n, 0].numpy()
+        difference, inside, valid = looped_taps(f[n], window, (y, x), hidden, filter)
+        if asymmetric:
+            difference = np.maximum(difference, 0)
+        d = np.abs(difference) if form == "laplacian" else difference**2
+        if not channel_wise:
+            d = (d.sum(1) if distance == "sum" else d.mean(1))[:, None]
+        kernel = {
+            "constant": lambda d: np.ones_like(d),
+            "laplacian": lambda d: np.exp(-d / width),
+            "gaussian": lambda d: np.exp(-0.5 * d / width**2),
+            "inverse": lambda d: a + (d / width**2 + 1e-4) ** (0.5 * b),
+        }[form](d).T  # [1 or D, taps]
+        counted = inside if mask is None else valid
+        if normalize == "sum":
+            total = (kernel * counted).sum(1, keepdims=True)
+            kernel = kernel * counted / np.where(total == 0, 1, total)
+        if normalize == "mean":
+            outside = ~(inside & inside[window.centre])
+            kernel = np.where(outside, 1, kernel) * (1 if mask is None else valid)
+            total = kernel.sum(1, keepdims=True)
+            kernel = kernel * window.taps / np.where(total == 0, 1, total)
+        kernel = 1 + float(blend) * (kernel - 1)
+        if mask is not None:
+            share = inside.sum() / max(valid.sum(), 1) if normalize == "none" else 1
+            kernel = kernel * valid * share
+        result[n, :, :, y, x] = kernel
+    return torch.from_numpy(result)

@@ -263,12 +263,7 @@ class TransposedKernel(AdaptingKernel):
             raise ShapeError("a transposed kernel takes no mask: the inserted zeros are one.")
         if not self.enabled or guidance is None or self.normalize == "none":
             return super().forward(guidance)
-        seen = self._seen(guidance)
-        kernel = super().forward(guidance, mask=seen)
-        if self.normalize == "sum" or kernel is None:
-            return kernel
-        counted = seen.sum(2, keepdim=True).to(ops.compute_dtype(kernel.dtype))
-        return kernel * (counted / self.window.taps).to(kernel.dtype)
+        return super().forward(guidance, mask=self._seen(guidance))
 
     def _seen(self, guidance: Tensor) -> Tensor:
         """Which taps lie on a pixel of the input: bool [1, 1, KH*KW, H_out, W_out]."""

@@ -348,13 +348,15 @@ def restored(message: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
         return message
     large = (message.shape[-2] * factor, message.shape[-1] * factor)
     message = F.interpolate(message, size=large, mode="bilinear", align_corners=False)
-    top, left = (_overhang(n, factor)[0] for n in size)
-    return message[:, :, top : top + size[0], left : left + size[1]]
+    top, bottom = _overhang(size[0], factor)
+    left, right = _overhang(size[1], factor)
+    # Not a slice: with one, torch.export remembers whether the example's sizes divide.
+    return F.pad(message, (-left, -right, -top, -bottom))
 
 
 def _overhang(length: int, factor: int) -> tuple[int, int]:
     """(before, after): the pixels by which a length falls short of a multiple of the factor."""
-    lacking = -length % factor
+    lacking = (length + factor - 1) // factor * factor - length
     return (lacking + 1) // 2, lacking // 2
 
 

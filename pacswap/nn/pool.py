@@ -143,6 +143,8 @@ class PacPool2d(Adaptive, nn.Module):
         """
         if getattr(pool, "return_indices", False):
             raise ShapeError("a pooling with return_indices=True has no pixel-adaptive twin.")
+        # Divided, as what averages has to be: an un-normalised sum leaves the range of float16.
+        kernel_options.setdefault("normalize", "sum")
         layer = cls(
             pool.kernel_size,
             pool.stride,

@@ -69,8 +69,10 @@ def adapting_kernel(
         smoothing: a filter [kh, kw] of odd sides (`smoothing_filter` makes one) by which f_p is
             smoothed first; the features at the taps stay as they are.
         channel_wise: a kernel for each channel of the guidance instead of one for all.
-        mask: [B, 1, H, W], above 0 where the input is valid. Invalid taps get 0, and without
-            normalisation the others are multiplied by (taps inside)/(valid taps).
+        mask: [B, 1, H, W], above 0 where the input is valid, or [B, 1, KH*KW, H_out, W_out], above
+            0 at the taps that count. Invalid taps get 0, and without normalisation the others are
+            multiplied by (taps inside)/(valid taps). Taps that are given themselves also stand for
+            KH·KW in `normalize="mean"`.
         distance: `"sum"` over channels (the paper's) or `"mean"`.
         bandwidth: width of the kernel, in units of the guidance; a positive number or scalar
             tensor.
@@ -105,7 +107,10 @@ def adapting_kernel(
         lambd=lambd,
         asymmetric=asymmetric,
     )
-    _check_tensors(guidance, mask, smoothing, alpha, lambd, channel_wise)
+    _check_tensors(guidance, smoothing, alpha, lambd, channel_wise)
+    _check_scalars(bandwidth=bandwidth, blend=blend)
+    if mask is not None:
+        _check_mask(mask, guidance, window)
     features = guidance.to(compute_dtype(guidance.dtype))
     if standardize:
         features = standardized(features)
@@ -119,11 +124,21 @@ def adapting_kernel(
         if distance == "mean" and not channel_wise:
             d = d / guidance.shape[1]
         kernel = _kernel_of(d, form, bandwidth, alpha, lambd)
-    valid = None if mask is None else valid_taps(mask, window)
-    kernel = blended(_normalized(kernel, normalize, window, size, valid), blend)
+    valid, taps = _counted(mask, window)
+    kernel = blended(_normalized(kernel, normalize, window, size, valid, taps), blend)
     if valid is not None:
         kernel = masked(kernel, valid, normalize, window, size)
     return kernel.to(guidance.dtype)
+
+
+def _counted(mask: Tensor | None, window: Window) -> tuple[Tensor | None, int | Tensor]:
+    """Which taps are valid, [B, 1, KH*KW, H_out, W_out], and how many a mean is to stand for."""
+    if mask is None:
+        return None, window.taps
+    if mask.dim() == 4:
+        return valid_taps(mask, window), window.taps
+    valid = mask > 0
+    return valid, valid.sum(2, keepdim=True)
 
 
 def _measure(form: str, asymmetric: bool) -> Measure:
@@ -197,7 +212,11 @@ def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:
     """
     if isinstance(blend, float | int) and blend == 1:
         return kernel
-    return 1 + blend * (kernel - 1)
+    # In a half precision K − 1 would round away what a small K is.
+    wide = compute_dtype(kernel.dtype)
+    if isinstance(blend, Tensor):
+        blend = blend.to(wide)
+    return (1 + blend * (kernel.to(wide) - 1)).to(kernel.dtype)
 
 
 def standardized(features: Tensor) -> Tensor:
@@ -217,7 +236,12 @@ def standardized(features: Tensor) -> Tensor:
 
 
 def _normalized(
-    kernel: Tensor, normalize: str, window: Window, size: tuple[int, int], valid: Tensor | None
+    kernel: Tensor,
+    normalize: str,
+    window: Window,
+    size: tuple[int, int],
+    valid: Tensor | None,
+    taps: int | Tensor,
 ) -> Tensor:
     """N(K), [B, 1 or D, KH*KW, H_out, W_out]."""
     if normalize == "none":
@@ -232,7 +256,7 @@ def _normalized(
         if valid is not None:
             kernel = torch.where(valid, kernel, 0.0)
         # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
-        return kernel * window.taps / _or_one(kernel.sum(2, keepdim=True))
+        return kernel * taps / _or_one(kernel.sum(2, keepdim=True))
     inside = valid if valid is not None else inside
     if inside is not None:
         kernel = torch.where(inside, kernel, 0.0)
@@ -259,6 +283,7 @@ def check_options(
     Raises:
         ShapeError: an option is unknown or out of range.
     """
+    # Compared and not asked for `isfinite`, which a compiler with symbolic floats cannot trace.
     for name, value, known in (
         ("form", form, FORMS),
         ("distance", distance, DISTANCES),
@@ -266,10 +291,10 @@ def check_options(
     ):
         if value not in known:
             raise ShapeError(f"{name}={value!r} is unknown. {nearest_hint(str(value), known)}")
-    if not isinstance(bandwidth, Tensor) and not (bandwidth > 0 and math.isfinite(bandwidth)):
+    if not isinstance(bandwidth, Tensor) and not 0 < bandwidth < math.inf:
         raise ShapeError(f"bandwidth must be positive and finite, got {bandwidth!r}.")
     for name, number in (("alpha", alpha), ("lambd", lambd)):
-        if not isinstance(number, Tensor) and not math.isfinite(number):
+        if not isinstance(number, Tensor) and not -math.inf < number < math.inf:
             raise ShapeError(f"{name} must be finite, got {number!r}.")
     if asymmetric and form != "inverse":
         raise ShapeError(f"asymmetric belongs to form='inverse', got form={form!r}.")
@@ -277,7 +302,6 @@ def check_options(
 
 def _check_tensors(
     guidance: Tensor,
-    mask: Tensor | None,
     smoothing: Tensor | None,
     alpha: float | Tensor,
     lambd: float | Tensor,
@@ -286,9 +310,7 @@ def _check_tensors(
     if guidance.dim() != 4:
         raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
     check_floating(guidance=guidance)
-    B, D, H, W = guidance.shape
-    if mask is not None and (mask.dim() != 4 or mask.shape[1:] != (1, H, W)):
-        raise ShapeError(f"mask must be [B, 1, H, W] = {[B, 1, H, W]}, got {list(mask.shape)}.")
+    D = guidance.shape[1]
     if smoothing is not None and (smoothing.dim() != 2 or any(k % 2 == 0 for k in smoothing.shape)):
         raise ShapeError(f"smoothing must be [kh, kw] of odd sides, got {list(smoothing.shape)}.")
     for name, value in (("alpha", alpha), ("lambd", lambd)):
@@ -297,3 +319,23 @@ def _check_tensors(
             raise ShapeError(
                 f"{name} must be a number, or [D] = [{D}] with channel_wise=True, got {shape}."
             )
+
+
+def _check_scalars(**numbers: float | Tensor) -> None:
+    for name, value in numbers.items():
+        # A vector would broadcast along the width of the image.
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ShapeError(f"{name} must be a number or a scalar, got {list(value.shape)}.")
+
+
+def _check_mask(mask: Tensor, guidance: Tensor, window: Window) -> None:
+    """Raise unless the mask is one of the guidance's pixels or of the window's taps."""
+    B, _, H, W = guidance.shape
+    pixels = (1, H, W)
+    taps = (1, window.taps, *window.output_size(H, W))
+    if mask.dim() in (4, 5) and mask.shape[0] in (1, B) and mask.shape[1:] in (pixels, taps):
+        return
+    raise ShapeError(
+        f"mask must be [B, 1, H, W] = {[B, *pixels]} or [B, 1, KH*KW, H_out, W_out] = "
+        f"{[B, *taps]}, got {list(mask.shape)}."
+    )

@@ -51,7 +51,7 @@ def masked(
 
     Args:
         kernel: [B, 1 or D, KH*KW, H_out, W_out], normalised already if it is to be.
-        valid: what `valid_taps` gives.
+        valid: bool [B, 1, KH*KW, H_out, W_out], what `valid_taps` gives.
         normalize: how the kernel was normalised.
         window: the geometry.
         size: (H, W) of the input.
@@ -65,4 +65,6 @@ def masked(
         return kernel
     inside = window.inside(*size, kernel.device)
     total = window.taps if inside is None else inside.sum(1, keepdim=True)[:, None]
-    return kernel * (total / valid.sum(2, keepdim=True).clamp(min=1))
+    # In the kernel's precision: a quotient of integers would be float32.
+    counted = valid.sum(2, keepdim=True).clamp(min=1).to(kernel.dtype)
+    return kernel * (total / counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pacswap.errors import ShapeError, nearest_hint
-from pacswap.ops.window import Window, make_window
+from pacswap.ops.window import Window
 
 KINDS = ("gaussian", "box")
 
@@ -57,12 +58,23 @@ def smoothed_centre(features: Tensor, smoothing: Tensor, window: Window) -> Tens
     Returns:
         [B, D, H_out, W_out].
     """
-    kh, kw = smoothing.shape
-    # Reflection and the like go as far as the image does; zeros are what the paper's code pads.
-    around = make_window((kh, kw), padding=(kh // 2, kw // 2)).padded(features)
-    channels = features.shape[1]
-    filters = smoothing.to(features.dtype).expand(channels, 1, kh, kw)
-    smooth = window.padded(F.conv2d(around, filters, groups=channels))
     size = window.output_size(features.shape[-2], features.shape[-1])
     rows, columns = list(window.slices(size))[window.centre]
-    return smooth[:, :, rows, columns]
+    # A border of zeros is smoothed as if it were image, like the paper's code does; another border
+    # repeats what the image's pixels became.
+    if window.padding_mode == "zeros":
+        return _smooth(window.padded(features), smoothing)[:, :, rows, columns]
+    return window.padded(_smooth(features, smoothing))[:, :, rows, columns]
+
+
+def _smooth(x: Tensor, smoothing: Tensor) -> Tensor:
+    """`x` [B, D, H, W] filtered, with zeros beyond its border."""
+    H, W = x.shape[-2:]
+    kh, kw = smoothing.shape
+    filter = smoothing.to(x.dtype)
+    around = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2))
+    # Not `conv2d`: autocast would round it to a half precision.
+    shifted = (
+        around[:, :, i : i + H, j : j + W] * filter[i, j] for i in range(kh) for j in range(kw)
+    )
+    return functools.reduce(torch.add, shifted)

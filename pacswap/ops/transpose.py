@@ -72,8 +72,32 @@ def pac_conv_transpose2d(
         output_padding=output_padding,
         dilation=dilation,
     )
+    _check(input, kernel, weight, bias, window, steps, groups)
     spread = insert_zeros(input, steps)
     return convolve(spread, kernel, turned(weight, groups), bias, window, groups, backend)
+
+
+def _check(
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    steps: tuple[int, int],
+    groups: int,
+) -> None:
+    """Raise unless the tensors fit, in the caller's shapes: `convolve` sees others."""
+    B, C_in, H, W = input.shape
+    size = window.output_size((H - 1) * steps[0] + 1, (W - 1) * steps[1] + 1)
+    faults = []
+    if tuple(kernel.shape) not in [(B, c, window.taps, *size) for c in (1, C_in)]:
+        faults.append(f"kernel must be [B, 1, KH*KW, H_out, W_out] = {[B, 1, window.taps, *size]}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[1] * groups,):
+        faults.append(f"bias must be [C_out] = [{weight.shape[1] * groups}]")
+    if faults:
+        shapes = {"input": input, "kernel": kernel, "weight": weight, "bias": bias}
+        listed = ", ".join(f"{n} {list(t.shape)}" for n, t in shapes.items() if t is not None)
+        raise ShapeError(f"{'; '.join(faults)}. Got {listed}, groups={groups}, stride={steps}.")
 
 
 def transposed_window(
