@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import Fault, PlanError
-from pacswap.surgery.assemble import Assembly, Claim, at_output
+from pacswap.surgery.assemble import Assembly, Claim, at_output, located, why_not_label
 from pacswap.surgery.checks import why_not_model
 from pacswap.surgery.cost import added_cost, model_parameters
 from pacswap.surgery.modes import kept_random
+from pacswap.surgery.operations import has_single_taps
 from pacswap.surgery.plan import Cost, Plan, PlannedLayer, PlannedScope, refusal
 from pacswap.surgery.scope import ScopeFinder, resolve_sources
 from pacswap.surgery.select import is_pattern, select
@@ -137,20 +138,40 @@ class _Analysis:
         operation = self.groups[claim.group].operation
         reason = why_not(operation, claim.target)
         calls = self._calls(claim.name)
+        inserted = is_inserted(operation, claim.target)
         is_label = claim.target.module is None and claim.name not in self.seen.functions
         if reason is None and not calls and not is_label:
             reason = "it never runs when the model does"
-        if reason is None and calls > 1 and is_inserted(operation, claim.target):
+        if reason is None and calls > 1 and inserted:
             reason = f"it runs {calls} times in one forward pass, and one layer is put behind it"
-        if reason is None and operation == "swap" and self._constant(claim):
+        if reason is None and not inserted and self.groups[claim.group].filter is not None:
+            reason = (
+                "its own filter adapts, and the group's filter is for interpolations. Put it into "
+                "a group of its own, without one"
+            )
+        convolves = not inserted and operation in ("swap", "upsample")
+        if reason is None and convolves and self._constant(claim):
             reason = (
                 "a constant kernel leaves it the plain convolution, in which nothing can learn. "
                 "Leave the group out"
             )
+        if reason is None and self._levelled(claim):
+            reason = (
+                "each pixel that it returns sees one of its input, so that a normalised kernel is "
+                "constant. Leave normalize out"
+            )
+        return not self._refused(claim, reason)
+
+    def _refused(self, claim: Claim, reason: str | None) -> bool:
+        """Whether there is a reason why a claim cannot be met; notes it."""
+        verb = KINDS[self.groups[claim.group].operation].verb
         if reason is not None:
-            verb = KINDS[operation].verb
             self._fault(f"cannot {verb} '{claim.name}': {reason}.", claim.group, "layers")
-        return reason is None
+        return reason is not None
+
+    def _levelled(self, claim: Claim) -> bool:
+        normalize = self.groups[claim.group].kernel.normalize
+        return normalize in ("sum", "mean") and has_single_taps(claim.target.module)
 
     def _constant(self, claim: Claim) -> bool:
         return self.groups[claim.group].kernel.form == "constant"
@@ -186,13 +207,20 @@ class _Analysis:
             probe, message = probe_scope(scope, self.bones, self.seen)
             if message is not None:
                 self._fault(message)
-            elif self._fed(scope, members_of, indices):
+                continue
+            members_of = [located(claim, scope, probe) for claim in members_of]
+            if self._fed(scope, members_of, indices):
                 found.append((scope, probe, members_of))
         return found
 
     def _fed(self, scope: PlannedScope, claims: list[Claim], indices: list[int]) -> bool:
         """Whether every layer of a scope is reached after its guidance; notes why not."""
         before = len(self.faults)
+        for claim in claims:
+            operation = self.groups[claim.group].operation
+            if claim.target.module is None:
+                reason = why_not_label(scope, claim, self.seen) or why_not(operation, claim.target)
+                self._refused(claim, reason)
         for index in indices:
             members = [claim.name for claim in claims if claim.group == index]
             group = self.groups[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,9 +12,10 @@ from pacswap.nn import Adaptive, PacCRF
 from pacswap.surgery.cost import layer_macs
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
-from pacswap.surgery.skeleton import skeleton
+from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
 from pacswap.surgery.targets import Target, in_words, is_inserted
+from pacswap.surgery.trace import LABEL
 from pacswap.surgery.wiring import Probe, locate_guidance
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -60,12 +61,15 @@ class Assembly:
         inserted = is_inserted(group.operation, target)
         place = self._new_place(group, scope, claim.name) if inserted else claim.name
         guidance = self._guidance(index, scope, probe, claim, place)
-        channels, *input_size = probe.feature_map(claim.name, inserted=inserted)
-        size = probe.output_size(claim.name) if at_output(group, target) else tuple(input_size)
+        channels, height, width = probe.feature_map(claim.name, inserted=inserted)
+        at_end = at_output(group, target)
+        size = probe.output_size(claim.name) if at_end else (height, width)
         old = None if inserted else target.module
         twin = None if old is None else skeleton(old)
         module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
-        self._check_channels(claim, group, guidance, channels)
+        filtered = {channels} if inserted else self._channels(scope, probe, claim.name)
+        for number in sorted(filtered):
+            self._check_channels(claim, group, guidance, number)
         kernels, added = self._kernels(claim, group, place, guidance, module, size)
         self.layers.append(
             PlannedLayer(
@@ -79,7 +83,7 @@ class Assembly:
                 layer_macs(module, channels, self.kernels[kernels[0]].output_size)
                 * max(1, self._calls(scope, claim.name)),
                 channels,
-                () if inserted else self._aliases(claim.name),
+                self._aliases(place),
                 self._calls(scope, claim.name),
             )
         )
@@ -156,13 +160,24 @@ class Assembly:
                 )
             )
 
+    def _channels(self, scope: PlannedScope, probe: Probe, name: str) -> set[int]:
+        """C of what a layer filters, at each of its calls."""
+        nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(name))]
+        shapes = [probe.shape(node.all_input_nodes[0]) for node in nodes]
+        return {shape[-3] for shape in shapes if shape is not None}
+
     def _calls(self, scope: PlannedScope, name: str) -> int:
         return max(len(trace.nodes_of(scope.local(name))) for trace in scope.traces)
 
-    def _aliases(self, name: str) -> tuple[str, ...]:
-        module = self.model.get_submodule(name)
-        everywhere = self.model.named_modules(remove_duplicate=False)
-        return tuple(other for other, m in everywhere if m is module and other != name)
+    def _aliases(self, place: str) -> tuple[str, ...]:
+        """The other names under which a place, there or to come, is registered."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        if place in modules:
+            return tuple(n for n, m in modules.items() if m is modules[place] and n != place)
+        around, _, own = place.rpartition(".")
+        return tuple(
+            f"{n}.{own}" for n, m in modules.items() if m is modules[around] and n != around
+        )
 
     def _new_place(self, group: Group, scope: PlannedScope, name: str) -> str:
         """Where an inserted module lives: in the module around it that is no container.
@@ -185,6 +200,37 @@ class Assembly:
     def _is_container(self, name: str) -> bool:
         modules = dict(self.model.named_modules())
         return name not in modules or isinstance(modules[name], _CONTAINERS)
+
+
+def located(claim: Claim, scope: PlannedScope, probe: Probe) -> Claim:
+    """A claim on a node that only the trace shows, with the shape of what that returns."""
+    target = claim.target
+    nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(claim.name))]
+    if target.module is not None or target.call is not None or not nodes:
+        return claim
+    call = Call(0, (claim.name, FUNCTION), (), None, probe.shape(nodes[0]))
+    return replace(claim, target=replace(target, call=call))
+
+
+def why_not_label(scope: PlannedScope, claim: Claim, seen: Observation) -> str | None:
+    """Why nothing can be put behind the call of a function that has this label, or None.
+
+    Args:
+        scope: with its traces.
+        claim: on a label.
+        seen: a forward pass.
+    """
+    runs = sum(call.entry == (scope.module, scope.method) for call in seen.calls)
+    if runs > 1:
+        return f"it runs {runs} times in one forward pass, and one layer is put behind it"
+    nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(claim.name))]
+    inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
+    if len({node.meta.get(LABEL, node.target) for node in inputs}) > 1:
+        return (
+            "in train mode another call has that name than in eval mode. Make a module of the "
+            "call, which keeps its name"
+        )
+    return None
 
 
 def at_output(group: Group, target: Target) -> bool:

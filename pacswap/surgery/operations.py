@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -104,16 +105,33 @@ def kernels_of(layer: Adaptive) -> dict[str, AdaptingKernel]:
 def resolved_kernel(group: Group, module: nn.Module | None) -> KernelSpec:
     """A group's kernel for one of its layers, with a `normalize` that was left open decided.
 
-    What averages has to divide; a convolution keeps the scale of its weights.
+    What averages has to divide; a convolution keeps the scale of its weights, and so does a
+    transposed one, by the mean of the taps that it sees.
     """
     if group.kernel.normalize is not None:
         return group.kernel
     normalize: Normalize = "none"
     if group.operation == "pool" or (group.operation == "upsample" and module is None):
         normalize = "sum"
-    elif group.operation == "upsample":
+    elif group.operation == "upsample" and not has_single_taps(module):
         normalize = "mean"
     return replace(group.kernel, normalize=normalize)
+
+
+def has_single_taps(module: nn.Module | None) -> bool:
+    """Whether every output pixel of a transposed convolution sees at most one of its input.
+
+    A normalised kernel is constant there: there is nothing to weigh the one tap against.
+
+    >>> has_single_taps(nn.ConvTranspose2d(4, 4, 2, stride=2))
+    True
+    >>> has_single_taps(nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1))
+    False
+    """
+    if not isinstance(module, nn.ConvTranspose2d):
+        return False
+    sides = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    return all(size <= step // math.gcd(step, apart) for size, step, apart in sides)
 
 
 def kernel_options(spec: KernelSpec) -> dict[str, Any]:

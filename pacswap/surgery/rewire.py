@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx, nn
 from torch.fx.node import Node
 
@@ -56,7 +58,9 @@ def _rewired(
     # In the order in which they run, so that what is shared is made before its first use.
     for node in [node for node in graph.nodes if node in at]:
         value = node
-        for layer in sorted(at[node], key=lambda layer: layer.is_inserted):
+        # A CRF comes behind what another operation makes of the same node.
+        ranked = sorted(at[node], key=lambda x: (x.is_inserted, x.operation == "append"))
+        for layer in ranked:
             if layer.is_inserted:
                 value = wiring.insert(layer, node, value, original)
             else:
@@ -108,10 +112,22 @@ class _Wiring:
         size, like = call.meta[INPUT_SIZE], call.all_input_nodes[0]
         with self.graph.inserting_before(call):
             if layer.operation == "upsample":  # transposed: the guidance is as large as the output
-                make = self._attribute(f"{self.scope.local(layer.place)}.output_size")
-                like = self.graph.call_function(target_size, (like, make))
+                like = self._output_size(layer, call)
                 size = call.meta[OUTPUT_SIZE]
             call.kwargs = {**call.kwargs, "kernel": self.kernel(layer.kernel, size, like)}
+
+    def _output_size(self, layer: PlannedLayer, call: Node) -> Node:
+        """(H_out, W_out) of a transposed convolution: as the call asks for it, or its own."""
+        input, *given = call.args
+        if given:  # by its name, for the pixel-adaptive layer has the guidance in that place
+            call.args, call.kwargs = (input,), {**call.kwargs, "output_size": given[0]}
+        asked = call.kwargs.get("output_size")
+        if asked is not None:
+            last = slice(-2, None)  # it may name batch and channels too
+            asked = self.graph.call_function(tuple, (asked,))
+            return self.graph.call_function(operator.getitem, (asked, last))
+        make = self._attribute(f"{self.scope.local(layer.place)}.output_size")
+        return self.graph.call_function(target_size, (call.all_input_nodes[0], make))
 
     def insert(self, layer: PlannedLayer, node: Node, value: Node, original: set[Node]) -> Node:
         """Put a layer behind a value; what the model did with the value, it does with the result.
@@ -135,8 +151,7 @@ class _Wiring:
                 new = self.graph.create_node("call_module", target, (value, resized), {})
             else:
                 kernel = self.kernel(layer.kernel, size, value)
-                options = {"kernel": kernel}
-                new = self.graph.create_node("call_module", target, (value,), options)
+                new = self.graph.create_node("call_module", target, (value,), {"kernel": kernel})
         for user in users:
             user.replace_input_with(value, new)
         return new

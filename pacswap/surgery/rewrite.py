@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pacswap.errors import PlanError, quoted
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance
@@ -164,13 +165,14 @@ def _check_same(model: nn.Module, plan: Plan) -> None:
 def _put(model: nn.Module, plan: Plan, layer: PlannedLayer) -> None:
     """Put a pixel-adaptive layer where it is planned."""
     old = None if layer.is_inserted else model.get_submodule(layer.name)
-    like = next((p for p in (old or model).parameters() if p.is_floating_point()), None)
-    if like is None:
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    nearest = [] if old is None else list(old.parameters())
+    numbers = (p for p in (*nearest, *model.parameters()) if p.is_floating_point())
+    like: Tensor = next(numbers, torch.empty(0))
     new = adaptive_module(plan.groups[layer.group], old, layer.channels, like)
     assert isinstance(new, nn.Module)
     kernel = plan.kernels[layer.kernel]
-    if len(layer.kernels) == 1 and not kernel.owner.startswith(layer.place):
+    is_own = kernel.owner == layer.place or kernel.owner.startswith(f"{layer.place}.")
+    if len(layer.kernels) == 1 and not is_own:
         new.adapting_kernel = None
     sources = ", ".join(f"'{source}'" for source in plan.guidance_of(layer).sources)
     new.guided_by = f"'{layer.name}' (guided by {sources})"
@@ -205,7 +207,10 @@ def _replace(model: nn.Module, name: str, new: nn.Module, *, forget: Collection[
     """Put `new` wherever the module of that name is registered, with its hooks and attributes."""
     old = model.get_submodule(name)
     for key, value in vars(old).items():
-        if "hook" in key or (key not in vars(new) and key not in forget):
+        if "hook" in key:
+            # A pooling lives on inside its twin: what is hooked to one must not run for both.
+            vars(new)[key] = copy.copy(value)
+        elif key not in vars(new) and key not in forget:
             vars(new)[key] = value
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):

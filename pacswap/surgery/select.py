@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from pacswap.errors import nearest, quoted
 from pacswap.surgery.skeleton import Observation
 from pacswap.surgery.spec import Group, LayerPredicate, LayerQuery
-from pacswap.surgery.targets import KINDS, Kind, Target
+from pacswap.surgery.targets import KINDS, Kind, Target, with_article
 
 
 def select(
@@ -106,10 +106,16 @@ def _no_match(
     twins = [n for n, target in found.items() if target.module is modules.get(pattern, model)]
     if twins:
         return f"'{pattern}' is another name of '{twins[0]}'. Use that one."
+    if pattern in modules and kind is KINDS["append"]:
+        type_name = type(modules[pattern]).__name__
+        return (
+            f"'{pattern}' ({type_name}) is never called when the model runs, so it has no output."
+        )
     if pattern in modules:
         inner = [n for n in found if n.startswith(f"{pattern}.") and found[n].is_spatial]
         hint = f" {kind.nouns.capitalize()} in it: {quoted(inner[:3])}." if inner else ""
-        return f"'{pattern}' is a {type(modules[pattern]).__name__}, not a {kind.noun}.{hint}"
+        found_type = with_article(type(modules[pattern]).__name__)
+        return f"'{pattern}' is {found_type}, not {with_article(kind.noun)}.{hint}"
     text = pattern.removeprefix("re:")
     close = nearest(text, found)
     hint = f" Nearest: {quoted(close)}." if close else ""
@@ -144,7 +150,9 @@ def _by_query(
     seen: Observation | None,
     faults: list[str],
 ) -> list[str]:
-    spatial = {name: target for name, target in found.items() if target.is_spatial}
+    # Logits come from a 1×1 convolution as a rule.
+    append = kind is KINDS["append"]
+    spatial = {name: target for name, target in found.items() if append or target.is_spatial}
     nouns = f"spatial {kind.nouns}" if kind.noun == "convolution" else kind.nouns
     names = [name for name, target in spatial.items() if _has(target, query)]
     for pattern in _strings(query.name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,9 @@ class Target:
     @property
     def type_name(self) -> str:
         """The class's or the function's name."""
-        return "interpolate" if self.module is None else type(self.module).__name__
+        if self.module is not None:
+            return type(self.module).__name__
+        return re.sub(r"_\d+$", "", self.name.rpartition(".")[2])
 
     @property
     def is_spatial(self) -> bool:
@@ -87,6 +90,7 @@ def targets(operation: Operation, model: nn.Module, seen: Observation | None) ->
         if call.entry[1] == "forward":
             calls.setdefault(call.name, call)
     modules = {name: m for name, m in model.named_modules() if name}
+    kept: dict[str, nn.Module]
     if operation == "swap":
         kept = {n: m for n, m in modules.items() if isinstance(m, _ConvNd)}
     elif operation == "pool":
@@ -128,7 +132,7 @@ def _why_not_pool(pool: nn.Module | None) -> str | None:
     if isinstance(pool, pooling._AdaptiveMaxPoolNd | pooling._AdaptiveAvgPoolNd):
         return f"the window of {kind} depends on the size of the image"
     if type(pool) not in (nn.AvgPool2d, nn.MaxPool2d):
-        return f"it is a {kind}; only AvgPool2d and MaxPool2d can become pixel-adaptive"
+        return f"it is {with_article(kind)}; only AvgPool2d and MaxPool2d can become pixel-adaptive"
     assert isinstance(pool, nn.AvgPool2d | nn.MaxPool2d)
     if getattr(pool, "return_indices", False):
         return "it returns indices, which an average has not"
@@ -187,6 +191,15 @@ def in_words(operation: Operation, target: Target) -> str:
         return f"{target.type_name}, {classes} channels" if classes else target.type_name
     mode = call.words if module is None and call is not None else getattr(module, "mode", "")
     return " ".join([target.type_name, str(mode), *_factor(call)]).strip()
+
+
+def with_article(noun: str) -> str:
+    """A noun with its article.
+
+    >>> with_article("upsampling step"), with_article("Conv2d")
+    ('an upsampling step', 'a Conv2d')
+    """
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def conv_in_words(conv: _ConvNd) -> str:

@@ -70,7 +70,8 @@ def _deed(plan: Plan) -> str:
     words = []
     if parts:
         become = "become" if changed > 1 else "becomes"
-        words.append(f"{' and '.join(parts)} {become} pixel-adaptive")
+        listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+        words.append(f"{listed} {become} pixel-adaptive")
     appended = sum(layer.operation == "append" for layer in plan.layers)
     if appended:
         words.append(f"{appended} CRF{'s are' if appended > 1 else ' is'} appended")
@@ -98,8 +99,9 @@ def _kernel_in_words(kernels: Sequence[PlannedKernel], external: bool, plain: st
     spec = kernels[0].spec
     constant = spec.form == "constant"
     words: list[str] = ["constant (a control: nothing adapts)" if constant else spec.form]
-    if spec.normalize != "none":
-        words.append(f"normalised by the {spec.normalize}")
+    divisors = dict.fromkeys(k.spec.normalize for k in kernels if k.spec.normalize != "none")
+    if divisors:
+        words.append(f"normalised by the {' or the '.join(map(str, divisors))}")
     start = f"0 ({plain})" if spec.blend == 0 else f"{spec.blend:g}"
     words.append(f"blend {start}")
     unset = external and spec.bandwidth == "auto"
