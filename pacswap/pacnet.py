@@ -322,6 +322,7 @@ def _crf_numbers(crf: PacCRF, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     begins = _steps(crf)
 
     def gathered(name: str) -> Tensor:
+        """The steps side by side, as `PairwiseTerm` holds them."""
         return torch.stack([state[begin + name] for begin in begins])
 
     made = {"unary_weight": gathered("unary_weight")}
@@ -330,12 +331,13 @@ def _crf_numbers(crf: PacCRF, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         along = strength[:, None, None, None, None]
         kind = term.options.compatibility
         if kind == "2d":
-            made[f"kernels.{i}.compatibility"] = gathered(f"compat.{i}.weight") * along
-            made[f"kernels.{i}.weight"] = filters
+            matrices = gathered(f"compat.{i}.weight") * along
+            made[f"kernels.{i}.compatibility"] = matrices.flatten(0, 1)
+            made[f"kernels.{i}.weight"] = filters.flatten(0, 1)
         else:
             # Of Potts terms theirs is negative: they attract.
             sign = -1 if kind == "potts" else 1
-            made[f"kernels.{i}.weight"] = sign * filters * along
+            made[f"kernels.{i}.weight"] = (sign * filters * along).flatten(0, 1)
             made[f"kernels.{i}.strength"] = sign * strength
     return made
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacswap.surgery import Plan, Verification
+from pacswap.surgery import Group, Plan, Verification
 from pacswap.surgery.modes import kept_modes
+from pacswap.surgery.plan import PlannedLayer
+from pacswap.surgery.spec import CRFSpec, FilterSpec
 from pacswap.surgery.words import deed
 
 
@@ -120,9 +122,11 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
                 "name": layer.name,
                 "operation": layer.operation,
                 "what": layer.what,
+                "place": layer.place,
                 "guidance": list(guidance.sources),
                 "guidance_channels": guidance.channels,
                 "kernel": asdict(kernel.spec),
+                **_inserted(plan.groups[layer.group], layer),
                 "output_size": list(kernel.output_size),
             }
         )
@@ -135,6 +139,15 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "added_parameters": plan.added_parameters(),
         "cost": asdict(plan.cost),
     }
+
+
+def _inserted(group: Group, layer: PlannedLayer) -> dict[str, Any]:
+    """The options of what is put behind a layer; nothing for one that is replaced."""
+    if not layer.is_inserted:
+        return {}
+    if group.operation == "append":
+        return {"crf": asdict(group.crf or CRFSpec())}
+    return {"filter": asdict(group.filter or FilterSpec())}
 
 
 def measure_latency(

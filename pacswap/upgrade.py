@@ -153,7 +153,11 @@ def planned(loaded: LoadedRecipe, model: nn.Module) -> Plan:
 
     try:
         return plan_groups(
-            model, groups_of(recipe), example_of(loaded, model), list_command=command
+            model,
+            groups_of(recipe),
+            example_of(loaded, model),
+            list_command=command,
+            group_name=lambda index: "{}[{}]".format(*places[index]),
         )
     except PlanError as error:
         lines = [] if error.faults else [f"{loaded.path}: {error}"]

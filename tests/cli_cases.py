@@ -10,7 +10,6 @@ swap:
   - layers: head.conv
     guidance: {from: layer1, channels: 4}
 """
-KNOWN = "'convnext_tiny', 'deeplabv3_resnet50', 'efficientnet_b0', 'fcn_resnet50', 'lraspp_mobilenet_v3_large', 'mobilenetv2_100', 'quickstart', 'resnet50', 'vgg16_hotswap'"
 SECOND = "guidance: layer1\n  - {layers: 'head.*', guidance: layer1}\n"
 GUIDANCE = "{from: layer1, channels: 4}\n"
 MISFIT = ". Use the file of this very network, or mend model.name and model.args (num_classes?)."
@@ -39,7 +38,7 @@ RECIPES = {
     "a container": ("head.conv", "layer1", "r.yaml:5:13: swap[0].layers: 'layer1' is a Sequential, not a convolution. Convolutions in it: 'layer1.0.conv1', 'layer1.0.conv2', 'layer1.1.conv1'."),
     "a layer of 1×1": ("head.conv", "head.classifier", "r.yaml:5:13: swap[0].layers: cannot swap 'head.classifier': it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only."),
     "a regular expression": ("head.conv", "'re:('", "r.yaml:5:13: swap[0].layers: expected a regular expression after 're:', got 're:(': missing ), unterminated subpattern at position 0."),
-    "claimed twice": ("guidance: " + GUIDANCE, SECOND, "r.yaml cannot be carried out on pacswap scene_net, 2 faults:\nr.yaml:7:14: swap[1].layers: 'head.conv' is claimed by group 0 already. Exclude it from one of them, or set override: true on this group.\nr.yaml:7:14: swap[1].layers: cannot swap 'head.classifier': it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only."),
+    "claimed twice": ("guidance: " + GUIDANCE, SECOND, "r.yaml cannot be carried out on pacswap scene_net, 2 faults:\nr.yaml:7:14: swap[1].layers: 'head.conv' is claimed by swap[0] already. Exclude it from one of them, or set override: true on this group.\nr.yaml:7:14: swap[1].layers: cannot swap 'head.classifier': it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only."),
     "no guidance": ("from: layer1", "from: layr1", "r.yaml:6:15: swap[0].guidance: 'layr1' is no layer of the model and no node of its trace. Nearest: 'layer1', 'layer3.1', 'layer2.1'."),
     "guidance of itself": ("from: layer1", "from: head.conv", "r.yaml:6:15: swap[0].guidance: 'head.conv' cannot guide itself. Name a layer that runs earlier."),
     "guidance twice": ("from: layer1", "from: [layer1, layer1]", "r.yaml:6:15: swap[0].guidance: 'layer1' is named twice. Once is enough."),
@@ -59,8 +58,8 @@ CALLS = {
     "no recipe": (["apply"], "Missing argument 'RECIPE'.\nHow to call it: pacswap apply --help"),
     "too many arguments": (["schema", "x"], "Got unexpected extra argument(s) (x)\nHow to call it: pacswap schema --help"),
     "an option without its value": (["apply", "r.yaml", "-o"], "Option '-o' requires an argument.\nHow to call it: pacswap --help"),
-    "no such file": (["plan", "none.yaml"], f"no recipe 'none.yaml': neither a file nor a shipped recipe. Known: {KNOWN}. List them: pacswap ls recipes"),
-    "a directory": (["plan", "."], f"no recipe '.': neither a file nor a shipped recipe. Known: {KNOWN}. List them: pacswap ls recipes"),
+    "no such file": (["plan", "none.yaml"], "no recipe 'none.yaml': neither a file nor a shipped recipe. List them: pacswap ls recipes"),
+    "a directory": (["plan", "."], "no recipe '.': neither a file nor a shipped recipe. List them: pacswap ls recipes"),
     "misspelt recipe": (["validate", "quickstat"], "no recipe 'quickstat': neither a file nor a shipped recipe. Nearest: 'quickstart'. List them: pacswap ls recipes"),
     "a name that steers the terminal": (["ls", "layers", "\x1b[31m"], "timm has no model '\\x1b[31m'. List them: pacswap ls models timm"),
     "unreadable": (["plan", "/proc/self/mem"], "/proc/self/mem: cannot be read (Input/output error). Name a YAML file."),

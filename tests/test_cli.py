@@ -183,7 +183,7 @@ KEYS = {
     "plan r.yaml": "model input_shape layers rewired added_parameters cost",
     "validate r.yaml": "valid recipe layers",
     "cp quickstart mine.yaml": "written",
-    "schema": "$schema $defs additionalProperties description properties required title type",
+    "schema": "$schema $defs additionalProperties anyOf description properties required title type",
     "ls": "name summary",
     "ls recipes": "name summary",
     "ls models pacswap": "library name",
@@ -205,7 +205,7 @@ def test_json_of_a_plan(run):
     assert data["input_shape"] == [1, 3, 48, 48]
     assert [layer["name"] for layer in data["layers"]] == ["head.conv"]
     assert " ".join(data["layers"][0]) == (
-        "name operation what guidance guidance_channels kernel output_size"
+        "name operation what place guidance guidance_channels kernel output_size"
     )
 
 

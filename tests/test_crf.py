@@ -76,15 +76,14 @@ def energies(term: PairwiseTerm, step: int, offset: tuple[int, int]) -> Tensor:
     """What is subtracted from log Q of each label for a neighbour's label, [C, C], before K."""
     k = term.options.kernel_size
     y, x = offset[0] + k // 2, offset[1] + k // 2
-    step = step if term._index(step) else 0
     if term.options.compatibility == "4d":
-        return term.weight[step, :, :, y, x]
-    spatial = 1.0 if term.weight is None else term.weight[step, 0, 0, y, x].item()
+        return term.of_step(term.weight, step)[:, :, y, x]
+    spatial = 1.0 if term.weight is None else term.of_step(term.weight, step)[0, 0, y, x].item()
     if term.weight is None and offset == (0, 0):
         spatial = 0.0
     if term.options.compatibility == "2d":
-        return spatial * term.compatibility[step, :, :, 0, 0]
-    strength = 1.0 if term.strength is None else term.strength[step].item()
+        return spatial * term.of_step(term.compatibility, step)[:, :, 0, 0]
+    strength = 1.0 if term.strength is None else term.of_step(term.strength, step).item()
     return -spatial * strength * torch.eye(C, dtype=torch.float64)
 
 
@@ -136,7 +135,8 @@ def test_mean_field_of_two_kernels_and_loose_steps():
     unary, guidance = tensors()
     truth = mean_field(crf, unary, guidance)
     assert_close64(crf(unary, guidance), truth)
-    crf.kernels[0].weight[2] = crf.kernels[0].weight[1]
+    first = crf.kernels[0]
+    first.of_step(first.weight, 2).copy_(first.of_step(first.weight, 1))
     with pytest.raises(AssertionError, match=DIFFERS):
         assert_close64(crf(unary, guidance), truth)
 
@@ -292,7 +292,7 @@ def test_from_densecrf_compat(compat):
 def test_from_densecrf_makes_a_matrix_symmetric():
     matrix = [[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 3.0]]
     crf = densecrf(gaussian=[], bilateral=[{**BILATERAL, "compat": matrix}])
-    made = crf.terms[0].compatibility[0, :, :, 0, 0].tolist()
+    made = crf.terms[0].compatibility[:, :, 0, 0].tolist()
     assert made == [[0.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.5, 0.0, 3.0]]
 
 

@@ -126,10 +126,10 @@ def test_state_dict():
     assert shapes == {
         "blend": [],
         "unary_weight": [4],
-        "kernels.0.weight": [4, C, C, 7, 7],
+        "kernels.0.weight": [4 * C, C, 7, 7],
         "kernels.0.adapting_kernel.log_bandwidth": [],
-        "kernels.1.weight": [4, 1, 1, 7, 7],
-        "kernels.1.compatibility": [4, C, C, 1, 1],
+        "kernels.1.weight": [4, 1, 7, 7],
+        "kernels.1.compatibility": [4 * C, C, 1, 1],
         "kernels.1.adapting_kernel.log_bandwidth": [],
         "kernels.2.strength": [4],
         "kernels.2.log_position": [],

@@ -128,7 +128,6 @@ def test_channels_last_input(name: str) -> None:
     assert_close64(model(last).detach(), model(images).detach())
 
 
-@pytest.mark.xfail(strict=True, reason="filters and messages have parameters of five dimensions")
 def test_channels_last_parameters() -> None:
     learned(pair("everything")[1]).to(memory_format=torch.channels_last)
 

@@ -31,8 +31,9 @@ class PacFilter2d(Adaptive, nn.Module):
         channels: C.
         kernel_size: KH, KW, odd.
         dilation: pixels between taps.
-        weights: `"filter"`, one spatial filter for all channels, or `"full"`, a C×C matrix at every
-            tap, which can move mass between classes.
+        weights: `"filter"`, one spatial filter for all channels (`weight` is [steps, 1, KH, KW]),
+            or `"full"`, a C×C matrix at every tap ([steps·C, C, KH, KW]), which can move mass
+            between classes.
         steps: how often the filter is applied, each time with weights of its own and the same K.
         blend: where the learnable blend starts.
         device: of the parameters.
@@ -105,7 +106,7 @@ class PacFilter2d(Adaptive, nn.Module):
             return input
         kernel = kernel.to(input.dtype)
         groups = self.channels if self.weights == "filter" else 1
-        for weight in self.weight.to(input.dtype):
+        for weight in self.weight.to(input.dtype).chunk(self.steps):
             filters = weight.expand(groups, -1, -1, -1) if self.weights == "filter" else weight
             adapted = ops.convolve(input, kernel, filters, None, self.window, groups, "auto")
             input = toward(input, adapted, self.blend)
@@ -128,8 +129,11 @@ def _ones(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Weights that leave the average to the kernel: 1, or the identity at every tap."""
+    """Weights that leave the average to the kernel: 1, or the identity at every tap.
+
+    The steps lie side by side in the first dimension: five dimensions have no channels_last.
+    """
     if weights == "filter":
-        return torch.ones(steps, 1, 1, *window.kernel_size, device=device, dtype=dtype)
-    matrix = torch.eye(channels, device=device, dtype=dtype)[None, :, :, None, None]
-    return matrix.repeat(steps, 1, 1, *window.kernel_size)
+        return torch.ones(steps, 1, *window.kernel_size, device=device, dtype=dtype)
+    matrix = torch.eye(channels, device=device, dtype=dtype)[:, :, None, None]
+    return matrix.repeat(steps, 1, *window.kernel_size)

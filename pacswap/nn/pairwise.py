@@ -106,7 +106,7 @@ class PairwiseTerm(nn.Module):
     """A pairwise term of `PacCRF`, for one or for all of its steps.
 
     What it learns, S being 1 or the number of steps that have weights of their own: `weight`, the
-    spatial filter [S, 1, 1, k, k] or the matrices [S, C, C, k, k]; `compatibility` [S, C, C, 1, 1];
+    spatial filter [S, 1, k, k] or the matrices [S·C, C, k, k]; `compatibility` [S·C, C, 1, 1];
     `strength` [S]; those among them that its kind has. And, the same for all steps,
     `adapting_kernel.log_bandwidth` (the logarithm of `color`) and `log_position`.
 
@@ -138,7 +138,7 @@ class PairwiseTerm(nn.Module):
         **kernel_options: Unpack[KernelOptions],
     ) -> None:
         super().__init__()
-        self.channels, self.options = channels, kernel
+        self.channels, self.options, self.repeats = channels, kernel, steps
         self.normalize = kernel_options.pop("normalize", "none")
         self.window = make_window(
             kernel.kernel_size,
@@ -174,7 +174,9 @@ class PairwiseTerm(nn.Module):
             self.register_parameter(name, None)
             return
         value = value.to(device=device, dtype=dtype or torch.get_default_dtype())
-        self.register_parameter(name, nn.Parameter(value.repeat(steps, *[1] * value.dim())))
+        # The steps side by side in the first dimension: five dimensions have no channels_last.
+        value = value.repeat(steps, 1, 1, 1) if value.dim() == 4 else value.repeat(steps)
+        self.register_parameter(name, nn.Parameter(value))
 
     @property
     def is_guided(self) -> bool:
@@ -261,10 +263,10 @@ class PairwiseTerm(nn.Module):
         if factors.scale is not None:
             message = message * factors.scale
         if self.compatibility is not None:
-            matrix = self.compatibility[self._index(step)]
+            matrix = self.of_step(self.compatibility, step)
             return F.conv2d(message, matrix.to(wide)).to(wide)
         if self.strength is not None:
-            message = message * self.strength[self._index(step)].to(wide)
+            message = message * self.of_step(self.strength, step).to(wide)
         return -message if self.options.compatibility == "potts" else message
 
     def _gathered(self, beliefs: Tensor, factors: Factors, step: int) -> Tensor:
@@ -286,14 +288,20 @@ class PairwiseTerm(nn.Module):
             numbers = torch.arange(self.window.taps, device=taps.device).view_as(taps)
             weight = (numbers != self.window.centre).to(taps.dtype)[None, None]
         else:
-            weight = self.weight[self._index(step)].to(taps.dtype)
+            weight = self.of_step(self.weight, step).to(taps.dtype)
         filters = weight * taps
         return filters if filters.shape[0] > 1 else filters.expand(self.channels, -1, -1, -1)
 
-    def _index(self, step: int) -> int:
-        """Which of the S weights the step has."""
-        numbers = next(t for t in (self.weight, self.compatibility, self.strength) if t is not None)
-        return step if numbers.shape[0] > 1 else 0
+    def of_step(self, numbers: Tensor, step: int) -> Tensor:
+        """The part of a parameter that a step has: [1 or C, 1 or C, k, k], [C, C, 1, 1] or [].
+
+        Args:
+            numbers: `weight`, `compatibility` or `strength`.
+            step: from 0.
+        """
+        index = step if self.repeats > 1 else 0
+        part = numbers.unflatten(0, (self.repeats, -1))[index]
+        return part[0] if numbers.dim() == 1 else part
 
     def macs(self, pixels: int) -> int:
         """Multiply-accumulates of one step on so many pixels of the unary."""

@@ -180,6 +180,7 @@ def tap_distance(
     *,
     measure: Measure = "square",
     channel_wise: bool = False,
+    smoothing: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """How far each tap's features are from the centre's, Σ φ(f_q − f_p) over channels.
@@ -189,12 +190,14 @@ def tap_distance(
         window: the geometry.
         measure: φ, `"square"`, `"absolute"` or `"asymmetric"` (the square of what is above 0).
         channel_wise: leave the channels apart.
+        smoothing: as in `adapting_kernel`, like the next.
         backend: as in `adapting_kernel`.
 
     Returns:
         [B, 1 or D, KH*KW, H_out, W_out].
     """
-    return choose(backend).tap_distance(guidance, None, window, measure, channel_wise)
+    centre = None if smoothing is None else smoothed_centre(guidance, smoothing, window)
+    return choose(backend).tap_distance(guidance, centre, window, measure, channel_wise)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, Strict
@@ -30,8 +30,9 @@ from pacswap.recipes.sections import (
     got,
     wrong,
 )
+from pacswap.surgery.spec import Operation
 
-OPERATIONS = ("swap", "pool", "upsample", "append")
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 VERSION = 1
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 _OTHER_FILES = (".bin", ".ckpt", ".pkl", ".npz", ".h5", ".onnx")
@@ -146,7 +147,7 @@ class Recipe(Section):
         if not any(operation in raw for operation in OPERATIONS):
             yield Breach((), f"expected at least one group in one of {quoted(OPERATIONS)}.")
 
-    def sections(self) -> Iterator[tuple[str, int, GroupSection]]:
+    def sections(self) -> Iterator[tuple[Operation, int, GroupSection]]:
         """(operation, index, section) of every group, in the order of the operations."""
         for operation in OPERATIONS:
             for index, section in enumerate(getattr(self, operation)):

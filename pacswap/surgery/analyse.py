@@ -14,7 +14,7 @@ from pacswap.surgery.assemble import Assembly, Claim, at_output, located, why_no
 from pacswap.surgery.checks import why_not_model
 from pacswap.surgery.cost import added_cost, model_parameters
 from pacswap.surgery.modes import kept_random
-from pacswap.surgery.operations import has_single_taps
+from pacswap.surgery.operations import why_not_options
 from pacswap.surgery.plan import Cost, Plan, PlannedLayer, PlannedScope, refusal
 from pacswap.surgery.scope import ScopeFinder, resolve_sources
 from pacswap.surgery.select import is_pattern, select
@@ -36,6 +36,7 @@ def plan_groups(
     example_input: ExampleInput,
     *,
     list_command: Callable[[Operation], str] = list_in_python,
+    group_name: Callable[[int], str] = "group {}".format,
 ) -> Plan:
     """Plan the swap of several groups of layers; the model is not touched.
 
@@ -44,6 +45,7 @@ def plan_groups(
         groups: what to swap.
         example_input: a tensor, or a tuple of positional arguments; only shapes matter.
         list_command: how the user lists what an operation can change, for messages.
+        group_name: what the user calls a group, by its index.
 
     Raises:
         PlanError: with every fault of the request.
@@ -53,7 +55,7 @@ def plan_groups(
         raise refusal(type(model).__name__, [Fault(f"{reason}.")], many_groups=False)
     check_example(example_input)
     with kept_random(), torch.inference_mode(False):
-        return _Analysis(model, groups, example_input, list_command).plan()
+        return _Analysis(model, groups, example_input, list_command, group_name).plan()
 
 
 class _Analysis:
@@ -65,10 +67,11 @@ class _Analysis:
         groups: Sequence[Group],
         example: ExampleInput,
         list_command: Callable[[Operation], str],
+        group_name: Callable[[int], str],
     ) -> None:
         self.model, self.groups = model, tuple(groups)
         self.example = example = _two_images(example)
-        self.list_command = list_command
+        self.list_command, self.group_name = list_command, group_name
         self.batch = next((t.shape[0] for t in _tensors(example)), 1)
         self.faults: list[Fault] = []
         self.bones, self.seen = look(model, example)
@@ -105,8 +108,8 @@ class _Analysis:
                 key = (name, group.operation == "append")
                 if key in owner and not group.override:
                     self._fault(
-                        f"'{name}' is claimed by group {owner[key]} already. Exclude it from one "
-                        "of them, or set override: true on this group.",
+                        f"'{name}' is claimed by {self.group_name(owner[key])} already. Exclude it "
+                        "from one of them, or set override: true on this group.",
                         index,
                         "layers",
                     )
@@ -135,32 +138,24 @@ class _Analysis:
                     found.setdefault(text, Target(text, None))
 
     def _accepted(self, claim: Claim) -> bool:
-        operation = self.groups[claim.group].operation
-        reason = why_not(operation, claim.target)
-        calls = self._calls(claim.name)
-        inserted = is_inserted(operation, claim.target)
-        is_label = claim.target.module is None and claim.name not in self.seen.functions
-        if reason is None and not calls and not is_label:
-            reason = "it never runs when the model does"
-        if reason is None and calls > 1 and inserted:
-            reason = f"it runs {calls} times in one forward pass, and one layer is put behind it"
-        if reason is None and not inserted and self.groups[claim.group].filter is not None:
-            reason = (
-                "its own filter adapts, and the group's filter is for interpolations. Put it into "
-                "a group of its own, without one"
-            )
-        convolves = not inserted and operation in ("swap", "upsample")
-        if reason is None and convolves and self._constant(claim):
-            reason = (
-                "a constant kernel leaves it the plain convolution, in which nothing can learn. "
-                "Leave the group out"
-            )
-        if reason is None and self._levelled(claim):
-            reason = (
-                "each pixel that it returns sees one of its input, so that a normalised kernel is "
-                "constant. Leave normalize out"
-            )
+        group = self.groups[claim.group]
+        reason = (
+            why_not(group.operation, claim.target)
+            or self._why_not_running(claim)
+            or why_not_options(group, claim.target)
+        )
         return not self._refused(claim, reason)
+
+    def _why_not_running(self, claim: Claim) -> str | None:
+        """Why a layer's calls cannot be changed: there are none, or too many."""
+        calls = self._calls(claim.name)
+        # What has a label in the trace only is looked for there.
+        is_label = claim.target.module is None and claim.name not in self.seen.functions
+        if not calls and not is_label:
+            return "it never runs when the model does"
+        if calls > 1 and is_inserted(self.groups[claim.group].operation, claim.target):
+            return f"it runs {calls} times in one forward pass, and one layer is put behind it"
+        return None
 
     def _refused(self, claim: Claim, reason: str | None) -> bool:
         """Whether there is a reason why a claim cannot be met; notes it."""
@@ -168,13 +163,6 @@ class _Analysis:
         if reason is not None:
             self._fault(f"cannot {verb} '{claim.name}': {reason}.", claim.group, "layers")
         return reason is not None
-
-    def _levelled(self, claim: Claim) -> bool:
-        normalize = self.groups[claim.group].kernel.normalize
-        return normalize in ("sum", "mean") and has_single_taps(claim.target.module)
-
-    def _constant(self, claim: Claim) -> bool:
-        return self.groups[claim.group].kernel.form == "constant"
 
     def _calls(self, name: str) -> int:
         """How often a layer runs, in eval mode or, where it rests there, in train mode."""
@@ -200,7 +188,9 @@ class _Analysis:
                 finder.add(index, group, members)
         found = []
         for scope, indices, faults in finder.traced():
-            self.faults += [Fault(message, indices[0], "layers") for message in faults]
+            group_of = {claim.name: claim.group for claim in claims if claim.group in indices}
+            for layer, fault in faults:
+                self._fault(fault, group_of.get(layer or "", indices[0]), "layers")
             if scope is None:
                 continue
             members_of = [claim for claim in claims if claim.group in indices]

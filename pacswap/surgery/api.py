@@ -208,7 +208,9 @@ def layers(
     for name, target in targets(operation, model, seen).items():
         shape = None if target.call is None else target.call.output_shape
         refusal = why_not(operation, target)
-        if target.is_spatial and not (operation == "append" and refusal is not None):
+        # Logits come from a 1×1 convolution as a rule, and most layers give none.
+        shown = refusal is None if operation == "append" else target.is_spatial
+        if shown:
             found.append(LayerInfo(name, in_words(operation, target), shape, refusal))
     order = {call.name: call.order for call in reversed(seen.calls)}
     order |= {label: call.order for label, call in seen.functions.items()}

@@ -191,6 +191,7 @@ def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
         _inner(window, features),
         measure="absolute" if kernel.form == "laplacian" else "square",
         channel_wise=kernel.channel_wise,
+        smoothing=kernel.smoothing_filter,
     )
     if kernel.distance == "mean" and not kernel.channel_wise:
         distances = distances / features.shape[1]

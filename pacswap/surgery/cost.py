@@ -68,7 +68,8 @@ def added_cost(
         channels = guidances[kernel.guidance].channels or 0
         out = kernel.output_size[0] * kernel.output_size[1]
         per_tap = channels if kernel.spec.channel_wise else 1
-        macs += kernel.taps * channels * out
+        if kernel.spec.form != "constant":
+            macs += kernel.taps * channels * out
         numbers += kernel.taps * out * per_tap
         numbers += channels * kernel.input_size[0] * kernel.input_size[1]
     return parameters, macs, numbers * bytes_per_number
@@ -87,9 +88,7 @@ def layer_macs(module: Adaptive, channels: int, size: tuple[int, int]) -> int:
         return module.macs(pixels)
     if isinstance(module, PacFilter2d):
         # K times the value, then the filter.
-        per_tap = channels + module.weight[0, ..., 0, 0].numel()
-        if module.weights == "filter":
-            per_tap = 2 * channels
+        per_tap = channels + (channels if module.weights == "filter" else channels**2)
         return module.steps * module.window.taps * per_tap * pixels
     assert isinstance(module, PacConv2d | PacConvTranspose2d | PacPool2d)
     taps = 1

@@ -26,6 +26,7 @@ from pacswap.surgery.spec import (
     Normalize,
     PairwiseSpec,
 )
+from pacswap.surgery.targets import Target, is_inserted
 
 # What pixel-adaptive layers have and plain ones have not.
 OWN_ATTRIBUTES = ("enabled", "guided_by", "shared_filters", "window")
@@ -132,6 +133,28 @@ def has_single_taps(module: nn.Module | None) -> bool:
         return False
     sides = zip(module.kernel_size, module.stride, module.dilation, strict=True)
     return all(size <= step // math.gcd(step, apart) for size, step, apart in sides)
+
+
+def why_not_options(group: Group, target: Target) -> str | None:
+    """Why a group's options make no sense for one of its targets, or None."""
+    inserted = is_inserted(group.operation, target)
+    if not inserted and group.filter is not None:
+        return (
+            "its own filter adapts, and the group's filter is for interpolations. Put it into a "
+            "group of its own, without one"
+        )
+    convolves = not inserted and group.operation in ("swap", "upsample")
+    if convolves and group.kernel.form == "constant":
+        return (
+            "a constant kernel leaves it the plain convolution, in which nothing can learn. Leave "
+            "the group out"
+        )
+    if group.kernel.normalize in ("sum", "mean") and has_single_taps(target.module):
+        return (
+            "each pixel that it returns sees one of its input, so that a normalised kernel is "
+            "constant. Leave normalize out"
+        )
+    return None
 
 
 def kernel_options(spec: KernelSpec) -> dict[str, Any]:

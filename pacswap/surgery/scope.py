@@ -66,13 +66,18 @@ class ScopeFinder:
                 draft.enter.update(_between(call.stack if is_label else call.stack[:-1], entry))
         self._merge(draft)
 
-    def traced(self) -> Iterator[tuple[PlannedScope | None, list[int], list[str]]]:
-        """Each scope with its graphs (None if it cannot be had), its groups, and its faults."""
+    def traced(
+        self,
+    ) -> Iterator[tuple[PlannedScope | None, list[int], list[tuple[str | None, str]]]]:
+        """Each scope with its graphs (None if it cannot be had), its groups, and its faults.
+
+        A fault is a layer, or None for the scope as a whole, and the reason.
+        """
         for draft in self.drafts:
             module = self.model.get_submodule(draft.entry[0])
             faults = self._why_not(draft, module)
             if faults:
-                yield None, draft.groups, faults
+                yield None, draft.groups, [(None, fault) for fault in faults]
                 continue
             scope = PlannedScope(
                 *draft.entry, type(module).__name__, None, None, self._renamed(draft)
@@ -85,7 +90,8 @@ class ScopeFinder:
                     if draft.entry[0]
                     else "the model"
                 )
-                yield None, draft.groups, [f"{where} cannot be traced: {failure}. {_NEARER}"]
+                fault = f"{where} cannot be traced: {failure}. {_NEARER}"
+                yield None, draft.groups, [(None, fault)]
                 continue
             yield scope, draft.groups, _hidden_layers(scope, draft.layers)
 
@@ -290,9 +296,9 @@ def _parents(name: str, above: str) -> list[str]:
     return [n for n in names if len(n) > len(above)]
 
 
-def _hidden_layers(scope: PlannedScope, layers: dict[str, str]) -> list[str]:
-    """Why layers are no nodes of a scope's graph."""
-    faults = []
+def _hidden_layers(scope: PlannedScope, layers: dict[str, str]) -> list[tuple[str | None, str]]:
+    """(layer, why) of those that are no nodes of a scope's graph."""
+    faults: list[tuple[str | None, str]] = []
     hidden = {name: why for trace in scope.traces for name, why in trace.hidden.items()}
     for layer, verb in layers.items():
         local = scope.local(layer)
@@ -302,13 +308,19 @@ def _hidden_layers(scope: PlannedScope, layers: dict[str, str]) -> list[str]:
         if inside:
             name, why = max(inside, key=lambda pair: len(pair[0]))
             full = f"{scope.module}.{name}" if scope.module else name
-            faults.append(f"cannot {verb} '{layer}': '{full}' around it cannot be traced: {why}.")
+            faults.append(
+                (layer, f"cannot {verb} '{layer}': '{full}' around it cannot be traced: {why}.")
+            )
         elif verb == "swap":
-            faults.append(f"cannot swap '{layer}': it is not called as a module where it runs.")
+            faults.append(
+                (layer, f"cannot swap '{layer}': it is not called as a module where it runs.")
+            )
         else:
             prefix = f"{scope.module}." if scope.module else ""
             known = [f"{prefix}{label}" for trace in scope.traces for label in trace.labels]
             close = nearest(layer, dict.fromkeys(known))
             hint = f" Nearest: {quoted(close)}." if close else ""
-            faults.append(f"cannot {verb} '{layer}': no node of the trace has that name.{hint}")
+            faults.append(
+                (layer, f"cannot {verb} '{layer}': no node of the trace has that name.{hint}")
+            )
     return faults

@@ -75,7 +75,7 @@ class KernelSpec:
         form: the function of the distance; `constant` holds K at 1, the capacity control.
         normalize: `none`, `sum` (the paper's) or `mean` (keeps the pretrained weights' scale); None
             is the operation's own: `none` for convolutions and CRFs, `sum` for pooling and behind
-            an interpolation, `mean` for transposed convolutions.
+            an interpolation, `mean` for transposed convolutions whose windows overlap.
         blend: where the learnable blend starts; 0 is what was there before, 1 the paper's PAC.
         bandwidth: the width of the kernel, or `auto`: the median off-centre K of a calibration
             batch is ½.
