@@ -96,7 +96,7 @@ def main() -> None:
     """Parse the command line, run every arm with every seed, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="batches of 16 (%(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="batches of 16 (%(default)s)")
     options = parser.parse_args()
     train, test = draw(TRAIN_SEEDS[:320], "drawing"), draw(HELD_OUT_SEEDS[:120], "held out")
     start = measure(build("plain").eval(), test)
