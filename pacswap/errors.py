@@ -35,7 +35,7 @@ class Fault:
     Attributes:
         message: a sentence or two: what, why, and the way out.
         group: the index of the group that asked for it, if one did.
-        field: the part of the group at fault: `layers`, `guidance` or `kernel`.
+        field: the part of the group at fault: `layers`, `guidance`, `kernel`, `filter` or `crf`.
     """
 
     message: str

@@ -47,7 +47,7 @@ PUBLIC = {
     "pacswap.nn": """AdaptingKernel Adaptive Guidance JointBilateralUpsample JointUpsample
         KernelOptions PacCRF PacConv2d PacConvTranspose2d PacFilter2d PacPool2d
         PairwiseKernel PairwiseTerm TransposedKernel reduced resize_guidance size_of
-        toward why_not_project""",
+        why_not_project""",
     "pacswap.ops": """Window adapting_kernel attach_kernel_gradient blended compute_dtype convolve
         explain guidance_window insert_zeros inserted_mask make_window masked output_mask
         pac_conv2d pac_conv_transpose2d pac_pool2d smoothing_filter standardized

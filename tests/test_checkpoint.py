@@ -313,7 +313,7 @@ DOES_NOT_FIT = "'model/model.safetensors' does not fit the network of its recipe
 CHANGED = ". The library may have changed since; install the version that wrote it."
 TAMPERED = {
     "misspelt layer": ("[head.conv]", "[head.convv]", CheckpointError,
-        "'model' cannot be rebuilt with the installed libraries: cannot swap in SceneNet: layers: "
+        "'model' cannot be rebuilt with the installed libraries: cannot upgrade SceneNet: layers: "
         "'head.convv' matches no convolution (17 found). Nearest: 'head.conv', 'stem.conv', "
         "'layer3.1.conv2'. List them: pacswap.layers(model)."),
     "another layer": ("[head.conv]", "[layer3.1.conv2]", CheckpointError, DOES_NOT_FIT +
@@ -331,7 +331,7 @@ TAMPERED = {
         "pacswap has no model 'scene_nett'. Nearest: 'scene_net'. List them: pacswap ls models "
         "pacswap"),
     "another model": ("pacswap\n  name: scene_net", "torchvision\n  name: alexnet",
-        CheckpointError, "'model' cannot be rebuilt with the installed libraries: cannot swap in "
+        CheckpointError, "'model' cannot be rebuilt with the installed libraries: cannot upgrade "
         "AlexNet: layers: 'head.conv' matches no convolution (5 found). List them: "
         "pacswap.layers(model)."),
     "misspelt key": ("swap:", "swop:", RecipeError,

@@ -316,12 +316,12 @@ CALLED = "PacConv2d was called without a guidance. Call it as layer(input, guida
 BOTH = "PacConv2d takes a guidance or a kernel, got both. Leave one out."
 NAMED = (
     "'layer4.0.conv2' was called on a path through the model that does not compute its guidance. "
-    "Call the model itself, or use `with pacswap.disabled(model):` to run that path with plain "
-    "convolutions."
+    "Call the model itself, or use `with pacswap.disabled(model):` to run that path as it was "
+    "before the swap."
 )
 SHARED = (
-    "this PacConv2d shares the adapting kernel of another layer and has none of its own. Call it "
-    "with kernel=…"
+    "this PacConv2d has no adapting kernel of its own: it shares another layer's, or its form is "
+    "external. Call it with kernel=…"
 )
 
 

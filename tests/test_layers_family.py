@@ -243,8 +243,8 @@ def test_adaptive_messages(name):
         (lambda: layer(input), f"{kind} was called without a guidance. Call it as layer(input, guidance)."),
         (lambda: layer(input, guidance, kernel=kernel), f"{kind} takes a guidance or a kernel, got both. Leave one out."),
         (lambda: silent(input, guidance), f"the adapting kernel of this {kind} is disabled and the layer is not. Disable both: `with pacswap.disabled(model):`."),
-        (lambda: shared(input, guidance), f"this {kind} shares the adapting kernel of another layer and has none of its own. Call it with kernel=…"),
-        (lambda: guided(input), "'layer4.0.conv2' was called on a path through the model that does not compute its guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that path with plain convolutions."),
+        (lambda: shared(input, guidance), f"this {kind} has no adapting kernel of its own: it shares another layer's, or its form is external. Call it with kernel=…"),
+        (lambda: guided(input), "'layer4.0.conv2' was called on a path through the model that does not compute its guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that path as it was before the swap."),
     ]  # fmt: skip
     for call, message in calls:
         with pytest.raises(GuidanceError) as raised:

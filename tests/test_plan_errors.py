@@ -21,105 +21,105 @@ INDEX = torch.zeros(2, dtype=torch.long)
 WRONG: dict[str, Wrong] = {
     # selection
     "no_match": Wrong(
-        "cannot swap in Body: layers: 'targt' matches no convolution (2 found). Nearest: "
+        "cannot upgrade Body: layers: 'targt' matches no convolution (2 found). Nearest: "
         "'target'. List them: pacswap.layers(model).",
         layers="targt",
     ),
     "no_match_glob": Wrong(
-        "cannot swap in Body: layers: 'layer9.*' matches no convolution (2 found). List them: "
+        "cannot upgrade Body: layers: 'layer9.*' matches no convolution (2 found). List them: "
         "pacswap.layers(model).",
         layers="layer9.*",
     ),
     "no_match_regex": Wrong(
-        "cannot swap in Body: layers: 're:x+' matches no convolution (2 found). List them: "
+        "cannot upgrade Body: layers: 're:x+' matches no convolution (2 found). List them: "
         "pacswap.layers(model).",
         layers="re:x+",
     ),
     "bad_regex": Wrong(
-        "cannot swap in Body: layers: 're:(' is not a regular expression: missing ), "
+        "cannot upgrade Body: layers: 're:(' is not a regular expression: missing ), "
         "unterminated subpattern at position 0.",
         layers="re:(",
     ),
     "not_a_conv": Wrong(
-        "cannot swap in Body: layers: 'norm' is a BatchNorm2d, not a convolution.", layers="norm"
+        "cannot upgrade Body: layers: 'norm' is a BatchNorm2d, not a convolution.", layers="norm"
     ),
     "container": Wrong(
-        "cannot swap in BranchAtRoot: layers: 'body' is a Body, not a convolution. "
+        "cannot upgrade BranchAtRoot: layers: 'body' is a Body, not a convolution. "
         "Convolutions in it: 'body.stem', 'body.target'.",
         m.BranchAtRoot,
         layers="body",
         guidance="body.stem",
     ),
     "alias": Wrong(
-        "cannot swap in TwoNames: layers: 'alias' is another name of 'target'. Use that one.",
+        "cannot upgrade TwoNames: layers: 'alias' is another name of 'target'. Use that one.",
         m.TwoNames,
         layers="alias",
     ),
     "empty_list": Wrong(
-        "cannot swap in Body: layers: nothing is named. Name at least one convolution.", layers=[]
+        "cannot upgrade Body: layers: nothing is named. Name at least one convolution.", layers=[]
     ),
     "number": Wrong(
-        "cannot swap in Body: layers: expected names, patterns, queries or callables, got 7 (int).",
+        "cannot upgrade Body: layers: expected names, patterns, queries or callables, got 7 (int).",
         layers=[7],
     ),
     "callable": Wrong(
-        "cannot swap in Body: layers: the callable <lambda> accepts none of the 2 convolutions.",
+        "cannot upgrade Body: layers: the callable <lambda> accepts none of the 2 convolutions.",
         layers=lambda name, conv: False,
     ),
     "query": Wrong(
-        "cannot swap in Body: layers: none of the 2 spatial convolutions has kernel_size=5, "
+        "cannot upgrade Body: layers: none of the 2 spatial convolutions has kernel_size=5, "
         "stride=2.",
         layers={"kernel_size": 5, "stride": 2},
     ),
     "query_key": Wrong("layers.kernel: unknown key. Nearest: 'kernel_size'.", layers={"kernel": 3}),
     "query_name": Wrong(
-        "cannot swap in Body: layers: name: 'layer*' matches none of the 2 spatial convolutions.",
+        "cannot upgrade Body: layers: name: 'layer*' matches none of the 2 spatial convolutions.",
         layers={"name": "layer*"},
     ),
     "query_exclude": Wrong(
-        "cannot swap in Body: layers: exclude: 'aux.*' matches none of the 2 spatial "
+        "cannot upgrade Body: layers: exclude: 'aux.*' matches none of the 2 spatial "
         "convolutions. Leave it out or mend it.",
         layers={"kernel_size": 3, "exclude": "aux.*"},
     ),
     # layers that cannot be swapped
     "one_by_one": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'point': it is 1×1: a single tap has "
+        "cannot upgrade OtherConvs: layers: cannot swap 'point': it is 1×1: a single tap has "
         "no neighbours to weigh. Name the spatial convolutions only.",
         m.OtherConvs,
         layers="point",
     ),
     "conv1d": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'line': it is a Conv1d; "
+        "cannot upgrade OtherConvs: layers: cannot swap 'line': it is a Conv1d; "
         "pixel-adaptive convolution is two-dimensional.",
         m.OtherConvs,
         layers="line",
     ),
     "conv3d": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'volume': it is a Conv3d; "
+        "cannot upgrade OtherConvs: layers: cannot swap 'volume': it is a Conv3d; "
         "pixel-adaptive convolution is two-dimensional.",
         m.OtherConvs,
         layers="volume",
     ),
     "transposed": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'up': it is a ConvTranspose2d; only "
+        "cannot upgrade OtherConvs: layers: cannot swap 'up': it is a ConvTranspose2d; only "
         "Conv2d layers can be swapped.",
         m.OtherConvs,
         layers="up",
     ),
     "other_forward": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'standardized': Standardized computes "
+        "cannot upgrade OtherConvs: layers: cannot swap 'standardized': Standardized computes "
         "something else than Conv2d, which would be lost.",
         m.OtherConvs,
         layers="standardized",
     ),
     "subclass": Wrong(
-        "cannot swap in OtherConvs: layers: cannot swap 'renamed': Renamed is a subclass of "
+        "cannot upgrade OtherConvs: layers: cannot swap 'renamed': Renamed is a subclass of "
         "Conv2d, which the swap would not give back. Use torch.nn.Conv2d itself.",
         m.OtherConvs,
         layers="renamed",
     ),
     "all_at_once": Wrong(
-        "cannot swap in OtherConvs, 2 faults:\n"
+        "cannot upgrade OtherConvs, 2 faults:\n"
         "  - layers: cannot swap 'point': it is 1×1: a single tap has no neighbours to weigh. "
         "Name the spatial convolutions only.\n"
         "  - layers: cannot swap 'up': it is a ConvTranspose2d; only Conv2d layers can be "
@@ -128,93 +128,93 @@ WRONG: dict[str, Wrong] = {
         layers=["point", "up", "target"],
     ),
     "parametrized": Wrong(
-        "cannot swap in BranchInBlock: layers: cannot swap 'branching.conv': its weight is "
+        "cannot upgrade BranchInBlock: layers: cannot swap 'branching.conv': its weight is "
         "parametrized, and a swap would freeze what the parametrization computes. Remove it "
         "first: torch.nn.utils.parametrize.remove_parametrizations.",
         m.normed,
         layers="branching.conv",
     ),
     "pruned": Wrong(
-        "cannot swap in Body: layers: cannot swap 'target': its weight is recomputed by a "
+        "cannot upgrade Body: layers: cannot swap 'target': its weight is recomputed by a "
         "hook (weight_norm, spectral_norm or pruning). Remove it first: "
         "torch.nn.utils.remove_weight_norm and its siblings.",
         changed(lambda x: prune.random_unstructured(x.target, "weight", 0.5)),
     ),
     "hook": Wrong(
-        "cannot swap in Body: layers: cannot swap 'target': it has a forward hook, which "
+        "cannot upgrade Body: layers: cannot swap 'target': it has a forward hook, which "
         "would be lost. Remove it and register it again after the swap.",
         changed(lambda x: x.target.register_forward_hook(m.doubled)),
     ),
     "pre_hook": Wrong(
-        "cannot swap in Body: layers: cannot swap 'target': it has a forward pre-hook, which "
+        "cannot upgrade Body: layers: cannot swap 'target': it has a forward pre-hook, which "
         "would be lost. Remove it and register it again after the swap.",
         changed(lambda x: x.target.register_forward_pre_hook(m.shifted)),
     ),
     "own_forward": Wrong(
-        "cannot swap in Body: layers: cannot swap 'target': its forward was replaced on the "
+        "cannot upgrade Body: layers: cannot swap 'target': its forward was replaced on the "
         "instance, which would be lost.",
         changed(lambda x: setattr(x.target, "forward", x.target.forward)),
     ),
     "buffer": Wrong(
-        "cannot swap in Body: layers: cannot swap 'target': it holds more than a weight and a "
+        "cannot upgrade Body: layers: cannot swap 'target': it holds more than a weight and a "
         "bias, which would be lost: 'mask'.",
         changed(lambda x: x.target.register_buffer("mask", torch.ones(1))),
     ),
     "never_runs": Wrong(
-        "cannot swap in Body: layers: cannot swap 'more': it never runs when the model does.",
+        "cannot upgrade Body: layers: cannot swap 'more': it never runs when the model does.",
         changed(lambda x: setattr(x, "more", nn.Conv2d(4, 4, 3))),
         "more",
     ),
     "functional": Wrong(
-        "cannot swap in Functional: layers: cannot swap 'target': it never runs when the "
+        "cannot upgrade Functional: layers: cannot swap 'target': it never runs when the "
         "model does.",
         r.Functional,
     ),
     # guidance
     "unknown": Wrong(
-        "cannot swap in Body: guidance: 'stm' is no layer of the model and no node of its "
+        "cannot upgrade Body: guidance: 'stm' is no layer of the model and no node of its "
         "trace. Nearest: 'stem'.",
         guidance="stm",
     ),
     "unknown_inner": Wrong(
-        "cannot swap in Body: guidance: 'stem.relu.add' is no layer of the model and no node "
+        "cannot upgrade Body: guidance: 'stem.relu.add' is no layer of the model and no node "
         "of its trace. Nearest: 'stem.conv2d'.",
         guidance="stem.relu.add",
     ),
     "many": Wrong(
-        "cannot swap in OtherConvs: guidance: '*' matches 9 layers: 'stem', 'norm', 'target', "
+        "cannot upgrade OtherConvs: guidance: '*' matches 9 layers: 'stem', 'norm', 'target', "
         "'standardized', …. Name one, or give a list to concatenate several.",
         m.OtherConvs,
         guidance="*",
     ),
-    "none": Wrong("cannot swap in Body: guidance: 'layer?' matches no layer.", guidance="layer?"),
+    "none": Wrong("cannot upgrade Body: guidance: 'layer?' matches no layer.", guidance="layer?"),
     "guidance_regex": Wrong(
-        "cannot swap in Body: guidance: 're:[' is not a regular expression: unterminated "
+        "cannot upgrade Body: guidance: 're:[' is not a regular expression: unterminated "
         "character set at position 0.",
         guidance="re:[",
     ),
     "twice": Wrong(
-        "cannot swap in Body: guidance: 'stem' is named twice. Once is enough.",
+        "cannot upgrade Body: guidance: 'stem' is named twice. Once is enough.",
         guidance=["stem", "stem"],
     ),
     "empty": Wrong(
-        "cannot swap in Body: guidance: nothing is named. Name a layer, 'input' or 'external'.",
+        "cannot upgrade Body: guidance: nothing is named. Name a layer, 'input' or 'external'.",
         guidance=[],
     ),
     "itself": Wrong(
-        "cannot swap in Body: guidance: 'target' cannot guide itself. Name a layer that runs "
+        "cannot upgrade Body: guidance: 'target' cannot guide itself. Name a layer that runs "
         "earlier.",
         guidance="target",
     ),
     "later": Wrong(
-        "cannot swap in OtherConvs: guidance: cannot feed 'target' from 'up', which is ready "
+        "cannot upgrade OtherConvs: guidance: cannot feed 'target' from 'up', which is ready "
         "only after the layer has run (it begins at call 10, the layer is call 4). Layers "
         "that run earlier: 'stem', 'norm'.",
         m.OtherConvs,
         guidance="up",
     ),
     "around": Wrong(
-        "cannot swap in Wrapped: guidance: cannot feed 'inner.target' from 'inner', which "
+        "cannot upgrade Wrapped: guidance: cannot feed 'inner.target' from 'inner', which "
         "contains the layer (it begins at call 2, the layer is call 5). Layers that run "
         "earlier: 'inner.stem', 'inner.norm'.",
         lambda: m.Wrapped(m.Body()),
@@ -222,27 +222,27 @@ WRONG: dict[str, Wrong] = {
         "inner",
     ),
     "called_often": Wrong(
-        "cannot swap in Shared: guidance: 'late.inner' runs several times in one forward "
+        "cannot upgrade Shared: guidance: 'late.inner' runs several times in one forward "
         "pass. Name one of its calls: 'late.inner_1', or another layer.",
         m.Shared,
         layers="late.inner",
         guidance="late.inner",
     ),
     "ambiguous": Wrong(
-        "cannot swap in CalledTwice: guidance: 'target' runs several times in one forward "
+        "cannot upgrade CalledTwice: guidance: 'target' runs several times in one forward "
         "pass. Name one of its calls: 'target_1', or another layer.",
         m.CalledTwice,
         layers="stem",
         guidance="target",
     ),
     "resting": Wrong(
-        "cannot swap in Body: guidance: 'idle' (Body) is never called when the model runs, so "
+        "cannot upgrade Body: guidance: 'idle' (Body) is never called when the model runs, so "
         "it has no output.",
         changed(lambda x: setattr(x, "idle", m.Body())),
         guidance="idle",
     ),
     "flat": Wrong(
-        "cannot swap in TwoInputs: guidance: 'embedding' returns [2, 4]; a guidance is a "
+        "cannot upgrade TwoInputs: guidance: 'embedding' returns [2, 4]; a guidance is a "
         "feature map [B, D, H, W].",
         m.TwoInputs,
         "target",
@@ -250,25 +250,25 @@ WRONG: dict[str, Wrong] = {
         {"example_input": (IMAGES, INDEX)},
     ),
     "tuple": Wrong(
-        "cannot swap in AfterPair: guidance: 'pair' does not return one tensor. Name a layer "
+        "cannot upgrade AfterPair: guidance: 'pair' does not return one tensor. Name a layer "
         "in it that returns a feature map.",
         r.AfterPair,
         guidance="pair",
     ),
     "one_channel": Wrong(
-        "cannot swap in Body: guidance: a guidance of 1 channel cannot be projected: the 1×1 "
+        "cannot upgrade Body: guidance: a guidance of 1 channel cannot be projected: the 1×1 "
         "convolution would be a mere scale, which the standardisation undoes. Leave channels "
         "out.",
         lambda: m.Body(1),
         guidance={"from": "stem", "channels": 2},
     ),
     "projected_external": Wrong(
-        "cannot swap in Body: guidance: the number of channels of an external guidance is not "
+        "cannot upgrade Body: guidance: the number of channels of an external guidance is not "
         "known, so it cannot be projected. Leave channels out and project it yourself.",
         guidance={"from": "external", "channels": 2},
     ),
     "taken": Wrong(
-        "cannot swap in Guided: guidance: 'external' would give forward a keyword argument "
+        "cannot upgrade Guided: guidance: 'external' would give forward a keyword argument "
         "'guidance', and it has one of that name already. Rename that one, or feed the "
         "features through a layer of the model.",
         r.Guided,
@@ -293,7 +293,7 @@ def test_a_lazy_model_has_nothing_to_swap_yet() -> None:
     with pytest.raises(PlanError) as caught:
         pacswap.plan(nn.Sequential(nn.LazyConv2d(4, 3)), "0", "input", example_input=IMAGES)
     assert str(caught.value) == (
-        "cannot swap in Sequential: '0.weight' is lazy and has no value yet: run the model once "
+        "cannot upgrade Sequential: '0.weight' is lazy and has no value yet: run the model once "
         "first."
     )
 
@@ -308,7 +308,7 @@ def test_faults_say_which_group_and_field_they_belong_to() -> None:
     found = [(fault.group, fault.field) for fault in caught.value.faults]
     assert found == [(1, "layers"), (1, "layers"), (0, "guidance")]
     assert str(caught.value) == (
-        "cannot swap in Body, 3 faults:\n"
+        "cannot upgrade Body, 3 faults:\n"
         "  - group 1 layers: 'x.y' matches no convolution (2 found). List them: "
         "pacswap.layers(model).\n"
         "  - group 1 layers: 'target' is claimed by group 0 already. Exclude it from one of them, "

@@ -21,75 +21,75 @@ G = {"layers": "target", "guidance": "stem"}
 WRONG: dict[str, Wrong] = {
     # networks that a graph cannot hold
     "branch": Wrong(
-        "cannot swap in Branch: layers: the model cannot be traced: its forward branches on "
+        "cannot upgrade Branch: layers: the model cannot be traced: its forward branches on "
         "the data or the size of its input. Choose a guidance nearer to the layers, inside a "
         "submodule that can be.",
         r.Branch,
     ),
     "block": Wrong(
-        "cannot swap in BranchInBlock: layers: cannot swap 'branching.conv': 'branching' "
+        "cannot upgrade BranchInBlock: layers: cannot swap 'branching.conv': 'branching' "
         "around it cannot be traced: its forward branches on the data or the size of its "
         "input.",
         m.BranchInBlock,
         layers="branching.conv",
     ),
     "no_grad": Wrong(
-        "cannot swap in NoGrad: layers: the model cannot be traced: part of it runs under "
+        "cannot upgrade NoGrad: layers: the model cannot be traced: part of it runs under "
         "torch.no_grad, autocast or the like, which a graph drops. Choose a guidance nearer "
         "to the layers, inside a submodule that can be.",
         r.NoGrad,
     ),
     "autocast": Wrong(
-        "cannot swap in Island: layers: the model cannot be traced: part of it runs under "
+        "cannot upgrade Island: layers: the model cannot be traced: part of it runs under "
         "torch.no_grad, autocast or the like, which a graph drops. Choose a guidance nearer "
         "to the layers, inside a submodule that can be.",
         r.Island,
     ),
     "kind": Wrong(
-        "cannot swap in Kind: the trace of the model does 'convolution → [2, 4, 16, 20]' "
+        "cannot upgrade Kind: the trace of the model does 'convolution → [2, 4, 16, 20]' "
         "where the model does 'mul → [2, 3, 16, 20]': it depends on what a trace cannot see, "
         "such as the type of an argument, a random number or a cache.",
         r.Kind,
     ),
     "warming": Wrong(
-        "cannot swap in Warming: the trace of the model does 'convolution → [2, 4, 16, 20]' "
+        "cannot upgrade Warming: the trace of the model does 'convolution → [2, 4, 16, 20]' "
         "where the model does 'add → [2, 3, 16, 20]': it depends on what a trace cannot see, "
         "such as the type of an argument, a random number or a cache.",
         r.Warming,
     ),
     "constant": Wrong(
-        "cannot swap in Constant: layers: the model cannot be traced: it makes a constant "
+        "cannot upgrade Constant: layers: the model cannot be traced: it makes a constant "
         "tensor, whose device would be frozen. Choose a guidance nearer to the layers, inside "
         "a submodule that can be.",
         r.Constant,
     ),
     "collector": Wrong(
-        "cannot swap in Collector: the trace of the model returns list() where the model "
+        "cannot upgrade Collector: the trace of the model returns list() where the model "
         "returns list([2, 4, 16, 20]): it does something that a trace cannot see, such as "
         "collecting features by hooks.",
         r.Collector,
     ),
     "checkpointing": Wrong(
-        "cannot swap in Checkpointing: layers: the model cannot be rewired: gradient "
+        "cannot upgrade Checkpointing: layers: the model cannot be rewired: gradient "
         "checkpointing is on, which a trace would drop. Turn it off first: "
         "model.set_grad_checkpointing(False).",
         changed(lambda x: setattr(x, "grad_checkpointing", True), m.Checkpointing),
     ),
     "root_own_forward": Wrong(
-        "cannot swap in Body: layers: the model cannot be traced: its forward is not a method "
+        "cannot upgrade Body: layers: the model cannot be traced: its forward is not a method "
         "of its class. Choose a guidance nearer to the layers, inside a submodule that can "
         "be.",
         changed(lambda x: setattr(x, "forward", x.forward)),
     ),
     "entered_hook": Wrong(
-        "cannot swap in Wrapped: layers: 'inner' has to be rewired, but it has a forward "
+        "cannot upgrade Wrapped: layers: 'inner' has to be rewired, but it has a forward "
         "hook, which would not run any more. Remove it first.",
         r.hooked_block,
         layers="inner.target",
         guidance="input",
     ),
     "mask": Wrong(
-        "cannot swap in Optional: the example input cannot be traced: the upgraded network "
+        "cannot upgrade Optional: the example input cannot be traced: the upgraded network "
         "runs with mask=None only, got mask=a tensor [1]: its graph was traced with that "
         "default. Leave the argument out, or pacswap.revert the model first.",
         m.Optional,
@@ -97,9 +97,13 @@ WRONG: dict[str, Wrong] = {
     ),
     # the request as a whole
     "nothing": Wrong(
-        "name what to swap: layers=… and guidance=…, or groups=[…] for several kinds.", layers=None
+        "name what to change: layers=… and guidance=…, or groups=[…] for several kinds.",
+        layers=None,
     ),
-    "both": Wrong("give layers, guidance and kernel, or groups, not both.", more={"groups": [G]}),
+    "both": Wrong(
+        "give 'layers', 'guidance' or groups, not both: a group has them itself.",
+        more={"groups": [G]},
+    ),
     "no_groups": Wrong(
         "groups is empty. Give at least one group.", layers=None, guidance=None, more={"groups": []}
     ),
@@ -132,31 +136,31 @@ WRONG: dict[str, Wrong] = {
     ),
     "no_source": Wrong("guidance.from: missing.", guidance={"channels": 3}),
     "claimed": Wrong(
-        "cannot swap in Body: group 1 layers: 'target' is claimed by group 0 already. Exclude "
+        "cannot upgrade Body: group 1 layers: 'target' is claimed by group 0 already. Exclude "
         "it from one of them, or set override: true on this group.",
         layers=None,
         guidance=None,
         more={"groups": [G, G]},
     ),
     "emptied": Wrong(
-        "cannot swap in Body: group 0 layers: every layer of this group is overridden by "
+        "cannot upgrade Body: group 0 layers: every layer of this group is overridden by "
         "later ones.",
         layers=None,
         guidance=None,
         more={"groups": [G, {**G, "override": True}]},
     ),
     "wrapped": Wrong(
-        "cannot swap in DataParallel: the model is wrapped in DataParallel: swap before "
+        "cannot upgrade DataParallel: the model is wrapped in DataParallel: swap before "
         "wrapping the model for several devices.",
         lambda: nn.DataParallel(m.Body()),
     ),
     "compiled": Wrong(
-        "cannot swap in OptimizedModule: the model is wrapped in OptimizedModule: swap before "
+        "cannot upgrade OptimizedModule: the model is wrapped in OptimizedModule: swap before "
         "torch.compile.",
         lambda: torch.compile(m.Body()),
     ),
     "upgraded": Wrong(
-        "cannot swap in Body: the model is upgraded already (1 layers, the first is "
+        "cannot upgrade Body: the model is upgraded already (1 layers, the first is "
         "'target'). Name all groups in one call, or pacswap.revert the model first.",
         lambda: pacswap.swap(m.Body(), "target", "stem", example_input=IMAGES),
     ),

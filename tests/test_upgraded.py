@@ -107,7 +107,7 @@ def test_a_path_without_guidance_is_an_error(path: Callable[[nn.Module], Any], l
     assert str(caught.value) == (
         f"'{layer}' (guided by 'layer1') was called on a path through the model that does not "
         "compute its guidance. Call the model itself, or use `with pacswap.disabled(model):` to "
-        "run that path with plain convolutions."
+        "run that path as it was before the swap."
     )
     with pacswap.disabled(upgraded):
         path(upgraded)

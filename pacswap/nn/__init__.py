@@ -1,6 +1,6 @@
 """Torch modules over `pacswap.ops`."""
 
-from pacswap.nn.adaptive import Adaptive, toward
+from pacswap.nn.adaptive import Adaptive
 from pacswap.nn.conv import PacConv2d
 from pacswap.nn.crf import PacCRF, PairwiseKernel
 from pacswap.nn.filter import PacFilter2d
@@ -29,6 +29,5 @@ __all__ = [
     "reduced",
     "resize_guidance",
     "size_of",
-    "toward",
     "why_not_project",
 ]

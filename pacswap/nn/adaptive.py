@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class Adaptive:
     Attributes:
         blend: learnable scalar, dimensionless.
         adapting_kernel: from a guidance to K; None for a layer that is always called with
-            `kernel=`.
+            `kernel=` (it shares another's, or its form is `external`).
         enabled: False inside `pacswap.disabled`: the layer is then what it was before.
         guided_by: set by surgery, for the message of a call that forgets the guidance.
     """
@@ -54,8 +56,8 @@ class Adaptive:
             raise GuidanceError(self._missing_guidance())
         if self.adapting_kernel is None:
             raise GuidanceError(
-                f"this {name} shares the adapting kernel of another layer and has none of its own. "
-                "Call it with kernel=…"
+                f"this {name} has no adapting kernel of its own: it shares another layer's, or its "
+                "form is external. Call it with kernel=…"
             )
         masked = {} if mask is None else {"mask": mask}
         made = self.adapting_kernel(guidance, **masked)
@@ -69,11 +71,13 @@ class Adaptive:
     def _missing_guidance(self) -> str:
         if self.guided_by is None:
             name = type(self).__name__
+            if self.adapting_kernel is None:
+                return f"{name} was called without a kernel. Call it with kernel=…"
             return f"{name} was called without a guidance. Call it as layer(input, guidance)."
         return (
             f"{self.guided_by} was called on a path through the model that does not compute its "
             "guidance. Call the model itself, or use `with pacswap.disabled(model):` to run that "
-            "path with plain convolutions."
+            "path as it was before the swap."
         )
 
     def _is_plain(self) -> bool:
@@ -86,16 +90,37 @@ class Adaptive:
             return False
         return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
 
+    def _toward(self, plain: Tensor, adapted: Tensor) -> Tensor:
+        """Plain + blend · (adapted − plain): exactly `plain` at 0 and `adapted` at 1.
 
-def toward(plain: Tensor, adapted: Tensor, blend: Tensor) -> Tensor:
-    """Plain + blend · (adapted − plain): exactly `plain` at 0 and `adapted` at 1.
+        Args:
+            plain: what was there before, any shape.
+            adapted: the same shape.
 
-    Args:
-        plain: any shape, finite.
-        adapted: the same shape.
-        blend: scalar.
+        Returns:
+            The shape and dtype of `plain`.
+        """
+        adapted = adapted.to(plain.dtype)
+        if self._is_plain():
+            return _AtZero.apply(plain, adapted, self.blend)
+        return torch.lerp(plain, adapted, self.blend.to(plain.dtype))
 
-    Returns:
-        The shape and dtype of `plain`.
-    """
-    return torch.lerp(plain, adapted.to(plain.dtype), blend.to(plain.dtype))
+
+class _AtZero(torch.autograd.Function):
+    """`plain` to the last bit, infinities too, where 0 · (∞ − x) would be NaN."""
+
+    @staticmethod
+    def forward(plain: Tensor, adapted: Tensor, blend: Tensor) -> Tensor:
+        return plain.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plain, adapted, blend = ctx.saved_tensors
+        difference = adapted - plain
+        difference = torch.where(difference.isfinite(), difference, 0.0)
+        factor = blend.to(grad.dtype)
+        return grad * (1 - factor), grad * factor, (grad * difference).sum().to(blend.dtype)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
-from pacswap.nn.adaptive import Adaptive, toward
-from pacswap.nn.kernel import AdaptingKernel, KernelOptions
+from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class PacConv2d(Adaptive, nn.Conv2d):
         blend: where the learnable blend starts.
         **kernel_options: how K is made: `form`, `alpha`, `lambd`, `asymmetric`, `smoothing`,
             `smoothing_size`, `channel_wise`, `distance`, `bandwidth`, `standardize`, `normalize`
-            and `learnable`, as for `AdaptingKernel`. With `channel_wise` the guidance has C_in
+            and `learnable`, as for `AdaptingKernel`; `form="external"` makes none, and the layer
+            is called with `kernel=`. With `channel_wise` the guidance has C_in
             channels.
 
     Raises:
@@ -93,9 +94,8 @@ class PacConv2d(Adaptive, nn.Conv2d):
         self.shared_filters = shared_filters
         if shared_filters:
             self.weight = nn.Parameter(self.weight.detach()[:1].clone())
-        kernel = AdaptingKernel(
-            self.window, channels=in_channels, device=device, dtype=dtype, **kernel_options
-        )
+        name, made = type(self).__name__, {"device": device, "dtype": dtype}
+        kernel = kernel_for(name, self.window, kernel_options, channels=in_channels, **made)
         self._adapt(blend, kernel, self.weight)
 
     @property
@@ -198,7 +198,7 @@ class PacConv2d(Adaptive, nn.Conv2d):
                 )
             made = self._kernel(guidance, None, mask)
             # Between the masked convolution and the masked PAC, so that taps stay masked.
-            blended = toward(blended, made, self.blend)
+            blended = self._toward(blended, made)
         seen = valid.any(2)
         # What is not valid may be anything, NaN too.
         output = self._pac(input.masked_fill(mask <= 0, 0), blended)
@@ -240,12 +240,10 @@ class PacConv2d(Adaptive, nn.Conv2d):
         layer.weight, layer.bias = conv.weight, conv.bias
         kernel = None
         if own_kernel:
-            kernel = AdaptingKernel(
-                layer.window,
-                channels=conv.in_channels,
-                device=conv.weight.device,
-                dtype=conv.weight.dtype,
-                **kernel_options,
+            made = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+            channels = conv.in_channels
+            kernel = kernel_for(
+                cls.__name__, layer.window, kernel_options, channels=channels, **made
             )
         layer._adapt(blend, kernel, conv.weight)
         return layer.train(conv.training)

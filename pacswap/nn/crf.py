@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError, nearest_hint, quoted
-from pacswap.nn.adaptive import Adaptive, toward
+from pacswap.nn.adaptive import Adaptive
 from pacswap.nn.kernel import KernelOptions
 from pacswap.nn.pairwise import Factors, PairwiseKernel, PairwiseTerm, reduced, restored
 from pacswap.ops.kernel import check_options
@@ -122,7 +122,7 @@ class PacCRF(Adaptive, nn.Module):
             return self._finished(unary)
         logits = unary.to(ops.compute_dtype(unary.dtype))
         log_q = self._inferred(logits, unary.dtype, guidances)
-        return self._finished(toward(logits, log_q, self.blend)).to(unary.dtype)
+        return self._finished(self._toward(logits, log_q)).to(unary.dtype)
 
     def _inferred(
         self, logits: Tensor, dtype: torch.dtype, guidances: Sequence[Tensor | None]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
-from pacswap.nn.adaptive import Adaptive, toward
-from pacswap.nn.kernel import AdaptingKernel, KernelOptions
+from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Size2
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ class PacFilter2d(Adaptive, nn.Module):
         self.channels, self.weights, self.steps, self.window = channels, weights, steps, window
         self.weight = nn.Parameter(_ones(channels, window, weights, steps, device, dtype))
         kernel_options.setdefault("normalize", "sum")
-        kernel = AdaptingKernel(
-            window, channels=channels, device=device, dtype=dtype, **kernel_options
-        )
+        name, made = type(self).__name__, {"device": device, "dtype": dtype}
+        kernel = kernel_for(name, window, kernel_options, channels=channels, **made)
         self._adapt(blend, kernel, self.weight)
 
     def forward(
@@ -109,7 +108,7 @@ class PacFilter2d(Adaptive, nn.Module):
         for weight in self.weight.to(input.dtype).chunk(self.steps):
             filters = weight.expand(groups, -1, -1, -1) if self.weights == "filter" else weight
             adapted = ops.convolve(input, kernel, filters, None, self.window, groups, "auto")
-            input = toward(input, adapted, self.blend)
+            input = self._toward(input, adapted)
         return input
 
     def extra_repr(self) -> str:

@@ -18,9 +18,12 @@ SMOOTHINGS = ("none", "gaussian", "box", "learned")
 
 
 class KernelOptions(TypedDict, total=False):
-    """What an adapting kernel can be, beside its geometry; the arguments of `AdaptingKernel`."""
+    """What an adapting kernel can be, beside its geometry; the arguments of `AdaptingKernel`.
 
-    form: Literal["gaussian", "laplacian", "inverse", "constant"]
+    A layer takes one form more, `"external"`: it makes no kernel and is called with `kernel=`.
+    """
+
+    form: Literal["gaussian", "laplacian", "inverse", "constant", "external"]
     alpha: float
     lambd: float
     asymmetric: bool
@@ -211,6 +214,41 @@ class AdaptingKernel(nn.Module):
         return ", ".join(words + [f"{name}={getattr(self, name)!r}" for name in names])
 
 
+def is_external(options: KernelOptions, layer: str) -> bool:
+    """Whether a layer with these options makes no kernel of its own.
+
+    Raises:
+        TypeError: an option is unknown.
+    """
+    known = KernelOptions.__annotations__
+    for name in options:
+        if name not in known:
+            hint = nearest_hint(name, known)
+            raise TypeError(f"{layer} got an unexpected option {name!r}. {hint}".rstrip())
+    return options.get("form") == "external"
+
+
+def kernel_for(
+    layer: str, window: Window, options: KernelOptions, **made: Any
+) -> AdaptingKernel | None:
+    """The adapting kernel of a layer with these options; None in the external form.
+
+    Args:
+        layer: its class, for messages.
+        window: its geometry.
+        options: of the kernel.
+        **made: channels, device and dtype.
+
+    Raises:
+        TypeError: an option is unknown.
+        ShapeError: an option is out of range.
+    """
+    if is_external(options, layer):
+        return None
+    given: dict[str, Any] = {**options}
+    return AdaptingKernel(window, **made, **given)
+
+
 class TransposedKernel(AdaptingKernel):
     """K of a guidance at output resolution, for a transposed convolution.
 
@@ -258,6 +296,9 @@ class TransposedKernel(AdaptingKernel):
 
         Returns:
             K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
+
+        Raises:
+            ShapeError: a mask is given.
         """
         if mask is not None:
             raise ShapeError("a transposed kernel takes no mask: the inserted zeros are one.")

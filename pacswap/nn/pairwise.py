@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,9 +148,9 @@ class PairwiseTerm(nn.Module):
         self.adapting_kernel = None
         if kernel.color is not None:
             # Not normalised here: that comes after the product with the position factor.
-            kernel_options["bandwidth"] = kernel.color
+            given: dict[str, Any] = {**kernel_options, "bandwidth": kernel.color}
             self.adapting_kernel = AdaptingKernel(
-                self.window, channels=channels, device=device, dtype=dtype, **kernel_options
+                self.window, channels=channels, device=device, dtype=dtype, **given
             )
         for name, value in _starts(channels, kernel).items():
             self._start(name, value, steps, device, dtype)

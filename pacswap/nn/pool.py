@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
-from pacswap.nn.adaptive import Adaptive, toward
-from pacswap.nn.kernel import AdaptingKernel, KernelOptions
+from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Size2, make_window
 
 if TYPE_CHECKING:
@@ -83,9 +83,8 @@ class PacPool2d(Adaptive, nn.Module):
             raise ShapeError(f"average pooling has no dilation, got dilation={dilation}.")
         else:
             self.plain = nn.AvgPool2d(size, step, pad, ceil_mode, count_include_pad=False)
-        kernel = AdaptingKernel(
-            self.window, channels=channels, device=device, dtype=dtype, **kernel_options
-        )
+        name, made = type(self).__name__, {"device": device, "dtype": dtype}
+        kernel = kernel_for(name, self.window, kernel_options, channels=channels, **made)
         self._adapt(blend, kernel, torch.zeros((), device=device, dtype=dtype))
 
     def forward(
@@ -115,7 +114,7 @@ class PacPool2d(Adaptive, nn.Module):
         if self._is_plain() and not learns:
             return self.plain(input)
         adapted = ops.pac_pool2d(input, kernel.to(input.dtype), self.window)
-        return toward(self.plain(input), adapted, self.blend)
+        return self._toward(self.plain(input), adapted)
 
     @classmethod
     def from_pool(

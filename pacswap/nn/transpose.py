@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.errors import ShapeError
 from pacswap.nn.adaptive import Adaptive
-from pacswap.nn.kernel import KernelOptions, TransposedKernel
+from pacswap.nn.kernel import KernelOptions, TransposedKernel, is_external
 from pacswap.ops.window import Size2
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
             device,
             dtype,
         )
-        self._adapt(blend, self._make_kernel(device, dtype, kernel_options), self.weight)
+        kernel = None
+        if not is_external(kernel_options, type(self).__name__):
+            kernel = self._make_kernel(device, dtype, kernel_options)
+        self._adapt(blend, kernel, self.weight)
 
     def _make_kernel(
         self,
@@ -108,16 +112,17 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
     def forward(  # type: ignore[override]
         self,
         input: Tensor,
-        guidance: Tensor | None = None,
+        guidance: Tensor | Sequence[int] | None = None,
         *,
         kernel: Tensor | None = None,
-        output_size: list[int] | None = None,
+        output_size: Sequence[int] | None = None,
     ) -> Tensor:
         """Upsample `input`, adapted to a guidance or by a kernel that was computed from one.
 
         Args:
             input: v, [B, C_in, H, W] (or unbatched, like its companions).
-            guidance: f, [B, D, H_out, W_out], at the resolution of the output.
+            guidance: f, [B, D, H_out, W_out], at the resolution of the output. Numbers in this
+                place are the `output_size`, as in `torch.nn.ConvTranspose2d`.
             kernel: K, [B, 1 or C_in, KH*KW, H_out, W_out], instead of `guidance`.
             output_size: as in `torch.nn.ConvTranspose2d`.
 
@@ -128,18 +133,19 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
             GuidanceError: neither `guidance` nor `kernel` was given, or both.
             ShapeError: the tensors disagree.
         """
+        if guidance is not None and not isinstance(guidance, Tensor):
+            guidance, output_size = None, guidance if output_size is None else output_size
+        asked = None if output_size is None else list(output_size)
         if not self.enabled:
-            return super().forward(input, output_size)
+            return super().forward(input, asked)
         if input.dim() == 3:
             given = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel))
             guidance, kernel = given
-            made = self.forward(
-                input.unsqueeze(0), guidance, kernel=kernel, output_size=output_size
-            )
+            made = self.forward(input.unsqueeze(0), guidance, kernel=kernel, output_size=asked)
             return made.squeeze(0)
         extra = self._output_padding(
             input,
-            output_size,
+            asked,
             self.stride,  # type: ignore[arg-type]
             self.padding,  # type: ignore[arg-type]
             self.kernel_size,  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,15 +123,18 @@ def adapting_kernel(
         d = choose(backend).tap_distance(features, centre, window, measure, channel_wise)
         if distance == "mean" and not channel_wise:
             d = d / guidance.shape[1]
-        kernel = _kernel_of(d, form, bandwidth, alpha, lambd)
-    valid, taps = _counted(mask, window)
-    kernel = blended(_normalized(kernel, normalize, window, size, valid, taps), blend)
+        kernel = d
+    valid, taps = _valid(mask, window)
+    counted = _counted(normalize, window, size, valid, guidance.device)
+    if form != "constant":
+        kernel = _kernel_of(kernel, form, bandwidth, alpha, lambd, counted)
+    kernel = blended(_normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
         kernel = masked(kernel, valid, normalize, window, size)
     return kernel.to(guidance.dtype)
 
 
-def _counted(mask: Tensor | None, window: Window) -> tuple[Tensor | None, int | Tensor]:
+def _valid(mask: Tensor | None, window: Window) -> tuple[Tensor | None, int | Tensor]:
     """Which taps are valid, [B, 1, KH*KW, H_out, W_out], and how many a mean is to stand for."""
     if mask is None:
         return None, window.taps
@@ -139,6 +142,39 @@ def _counted(mask: Tensor | None, window: Window) -> tuple[Tensor | None, int | 
         return valid_taps(mask, window), window.taps
     valid = mask > 0
     return valid, valid.sum(2, keepdim=True)
+
+
+class _Counted(NamedTuple):
+    """Which taps a normalisation counts, [1 or B, 1, KH*KW, H_out, W_out].
+
+    Attributes:
+        divides: whether there is a normalisation.
+        seen: True where a tap counts at all; None for all.
+        as_one: True where it counts as 1, whatever the features; None for none.
+    """
+
+    divides: bool
+    seen: Tensor | None = None
+    as_one: Tensor | None = None
+
+
+def _counted(
+    normalize: str,
+    window: Window,
+    size: tuple[int, int],
+    valid: Tensor | None,
+    device: torch.device,
+) -> _Counted:
+    if normalize == "none":
+        return _Counted(False)
+    inside = window.inside(*size, device)
+    inside = None if inside is None else inside[:, None]
+    if normalize == "sum":
+        return _Counted(True, inside if valid is None else valid)
+    if inside is not None:
+        # A centre in the padding has no guidance to compare with: all its taps count as 1.
+        inside = inside & inside[:, :, window.centre : window.centre + 1]
+    return _Counted(True, valid, None if inside is None else ~inside)
 
 
 def _measure(form: str, asymmetric: bool) -> Measure:
@@ -154,19 +190,35 @@ def _ones(features: Tensor, window: Window, channel_wise: bool) -> Tensor:
 
 
 def _kernel_of(
-    d: Tensor, form: str, bandwidth: float | Tensor, alpha: float | Tensor, lambd: float | Tensor
+    d: Tensor,
+    form: str,
+    bandwidth: float | Tensor,
+    alpha: float | Tensor,
+    lambd: float | Tensor,
+    counted: _Counted,
 ) -> Tensor:
-    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out]."""
+    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out].
+
+    If it is to be normalised, K of each window times a factor that makes its largest 1: a window
+    far from all that it sees would divide by a sum that is 0 in floating point.
+    """
     # A scalar in half precision would leave its range when squared (float16 at 256).
     width, alpha, lambd = (
         value.to(d.dtype) if isinstance(value, Tensor) else value
         for value in (bandwidth, alpha, lambd)
     )
-    if form == "laplacian":
-        return torch.exp(-d / width)
-    if form == "gaussian":
-        return torch.exp(-0.5 * d / width**2)
-    return _of_channels(alpha) + (d / width**2 + 1e-4) ** (0.5 * _of_channels(lambd))
+    if form == "inverse":
+        kernel = _of_channels(alpha) + (d / width**2 + 1e-4) ** (0.5 * _of_channels(lambd))
+        return kernel if counted.as_one is None else torch.where(counted.as_one, 1.0, kernel)
+    exponent = -d / width if form == "laplacian" else -0.5 * d / width**2
+    if not counted.divides:
+        return torch.exp(exponent)
+    if counted.as_one is not None:
+        exponent = torch.where(counted.as_one, 0.0, exponent)
+    if counted.seen is not None:
+        exponent = torch.where(counted.seen, exponent, -math.inf)
+    largest = exponent.detach().amax(2, keepdim=True)
+    return torch.exp(exponent - torch.where(largest > -math.inf, largest, 0.0))
 
 
 def _of_channels(value: float | Tensor) -> float | Tensor:
@@ -238,31 +290,15 @@ def standardized(features: Tensor) -> Tensor:
     return centred * torch.rsqrt(variance + 1e-6 * mean.square() + 1e-12)
 
 
-def _normalized(
-    kernel: Tensor,
-    normalize: str,
-    window: Window,
-    size: tuple[int, int],
-    valid: Tensor | None,
-    taps: int | Tensor,
-) -> Tensor:
+def _normalized(kernel: Tensor, normalize: str, seen: Tensor | None, taps: int | Tensor) -> Tensor:
     """N(K), [B, 1 or D, KH*KW, H_out, W_out]."""
     if normalize == "none":
         return kernel
-    inside = window.inside(*size, kernel.device)
-    inside = None if inside is None else inside[:, None]
+    if seen is not None:
+        kernel = torch.where(seen, kernel, 0.0)
     if normalize == "mean":
-        if inside is not None:
-            # A centre in the padding has no guidance to compare with: all its taps count as 1.
-            inside = inside & inside[:, :, window.centre : window.centre + 1]
-            kernel = torch.where(inside, kernel, 1.0)
-        if valid is not None:
-            kernel = torch.where(valid, kernel, 0.0)
         # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
         return kernel * taps / _or_one(kernel.sum(2, keepdim=True))
-    inside = valid if valid is not None else inside
-    if inside is not None:
-        kernel = torch.where(inside, kernel, 0.0)
     return kernel / _or_one(kernel.sum(2, keepdim=True))
 
 

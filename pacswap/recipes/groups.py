@@ -62,7 +62,7 @@ def _check_bandwidth(value: Any) -> Any:
 
 
 class LayerQuerySection(Section):
-    """Convolutions by their properties; a property left out matches everything."""
+    """Layers by their properties; a property left out matches everything."""
 
     type: Text | None = Field(
         default=LayerQuery.type, description="The class's name, such as Conv2d."
@@ -119,6 +119,9 @@ class GuidanceSection(Section):
         return GuidanceSpec(**_fields(self))
 
 
+_WITHOUT_ALPHA = ("gaussian", "laplacian")
+
+
 class KernelSection(Section):
     """How the adapting kernels are made."""
 
@@ -142,7 +145,8 @@ class KernelSection(Section):
         forms("a number above 0 or 'auto'"),
     ] = Field(
         default=KernelSpec.bandwidth,
-        description="The kernel's width; auto makes the median kernel of the calibration one half.",
+        description="The kernel's width; auto makes the median kernel of the calibration one half "
+        "(in the inverse form it is the median distance).",
     )
     standardize: bool = Field(
         default=KernelSpec.standardize,
@@ -183,6 +187,14 @@ class KernelSection(Section):
         if raw.get("asymmetric") is True and raw.get("form", KernelSpec.form) != "inverse":
             form = raw.get("form", KernelSpec.form)
             yield Breach(("asymmetric",), f"belongs to form 'inverse', got {got(form)}.")
+        form = raw.get("form", KernelSpec.form)
+        for key in ("alpha", "lambd"):
+            default = getattr(KernelSpec, key)
+            if raw.get(key, default) != default and form in _WITHOUT_ALPHA:
+                yield Breach((key,), f"belongs to form 'inverse', got {got(form)}.")
+        if raw.get("smoothing", "none") == "none" and raw.get("smoothing_size", 3) != 3:
+            text = "there is no smoothing. Set smoothing, or leave it out."
+            yield Breach(("smoothing_size",), text)
         if raw.get("smoothing") == "gaussian" and raw.get("smoothing_size", 3) != 3:
             size = raw["smoothing_size"]
             yield Breach(("smoothing_size",), f"the gaussian has size 3, got {got(size)}.")

@@ -183,9 +183,10 @@ class _Analysis:
         """Trace every scope and check that its guidances come before its layers."""
         finder = ScopeFinder(self.model, self.bones, self.seen, self.train_observation)
         for index, group in enumerate(self.groups):
-            members = [claim.name for claim in claims if claim.group == index]
-            if members:
-                finder.add(index, group, members)
+            own = [claim for claim in claims if claim.group == index]
+            inserts = any(is_inserted(group.operation, claim.target) for claim in own)
+            if own:
+                finder.add(index, group, [claim.name for claim in own], inserts=inserts)
         found = []
         for scope, indices, faults in finder.traced():
             group_of = {claim.name: claim.group for claim in claims if claim.group in indices}

@@ -48,7 +48,7 @@ def plan(
     Args:
         model: a network of timm, torchvision or your own, not wrapped for several devices or
             compiled.
-        layers: which convolutions: a dotted name, a glob (`"layer4.*.conv2"`), a regex (`"re:…"`),
+        layers: what to change: a dotted name, a glob (`"layer4.*.conv2"`), a regex (`"re:…"`),
             a `LayerQuery` or its mapping (`{"kernel_size": 3, "last_of_stage": True}`), a callable
             `(name, module) -> bool`, or a list of these. A pattern that matches nothing is an
             error.
@@ -99,7 +99,7 @@ def swap(
     example_input: ExampleInput | None = None,
     calibration: ExampleInput | None = None,
 ) -> nn.Module:
-    """Upgrade a network: the named convolutions become pixel-adaptive, nothing else changes.
+    """Upgrade a network: the named layers become pixel-adaptive, nothing else changes.
 
     The new model keeps its class, attributes, methods and `state_dict` keys. With the default
     `blend` of 0 its output is the old one's, and every added parameter can learn.
@@ -159,7 +159,7 @@ def carry_out(
 
 def _refuse(model: object, reason: str | None) -> None:
     if reason is not None:
-        raise PlanError(f"cannot swap in {type(model).__name__}: {reason}.")
+        raise PlanError(f"cannot upgrade {type(model).__name__}: {reason}.")
 
 
 @dataclass(frozen=True)

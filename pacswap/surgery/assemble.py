@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from pacswap.nn import Adaptive, PacCRF
-from pacswap.surgery.cost import layer_macs
+from pacswap.nn import Adaptive, PacCRF, PacFilter2d
+from pacswap.surgery.cost import layer_macs, layer_numbers
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
 from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
@@ -70,6 +70,7 @@ class Assembly:
         filtered = {channels} if inserted else self._channels(scope, probe, claim.name)
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
+        self._check_reach(claim, group, module, size)
         kernels, added = self._kernels(claim, group, place, guidance, module, size)
         self.layers.append(
             PlannedLayer(
@@ -82,6 +83,7 @@ class Assembly:
                 tuple(added),
                 layer_macs(module, channels, self.kernels[kernels[0]].output_size)
                 * max(1, self._calls(scope, claim.name)),
+                layer_numbers(module, channels, self.kernels[kernels[0]].output_size),
                 channels,
                 self._aliases(place),
                 self._calls(scope, claim.name),
@@ -146,6 +148,25 @@ class Assembly:
             self.faults.append((message, claim.group, "guidance"))
         self.guidances.append(planned)
         return len(self.guidances) - 1
+
+    def _check_reach(
+        self, claim: Claim, group: Group, module: Adaptive, size: tuple[int, ...]
+    ) -> None:
+        """What is put behind a layer has to see a neighbour at the example input."""
+        steps = {"filter": [module.window.dilation[0]]} if isinstance(module, PacFilter2d) else {}
+        if isinstance(module, PacCRF):
+            steps = {"crf": [t.options.dilation * t.options.blur for t in module.terms]}
+        for field, reaches in steps.items():
+            if max(reaches) >= max(size):
+                self.faults.append(
+                    (
+                        f"a dilation of {max(reaches)} pixels is more than '{claim.name}' has at "
+                        f"the example input, {size[0]}×{size[1]}: every neighbour is padding. Use "
+                        "a smaller one, or a larger example input.",
+                        claim.group,
+                        field,
+                    )
+                )
 
     def _check_channels(self, claim: Claim, group: Group, guidance: int, channels: int) -> None:
         """A kernel for each channel needs a guidance of as many."""

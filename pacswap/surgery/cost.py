@@ -53,7 +53,7 @@ def added_cost(
     """Parameters, and MACs and bytes for one image, that a plan adds, from the shapes alone."""
     parameters = sum(size for layer in layers for _, size in layer.added)
     macs = sum(layer.macs for layer in layers)
-    numbers = 0
+    numbers = sum(layer.numbers for layer in layers)
     for guidance in guidances:
         channels = guidance.projection
         if channels is None:
@@ -73,6 +73,16 @@ def added_cost(
         numbers += kernel.taps * out * per_tap
         numbers += channels * kernel.input_size[0] * kernel.input_size[1]
     return parameters, macs, numbers * bytes_per_number
+
+
+def layer_numbers(module: Adaptive, channels: int, size: tuple[int, int]) -> int:
+    """Activations that an inserted layer keeps, beside its kernels'; none for a replaced one."""
+    pixels = channels * size[0] * size[1]
+    if isinstance(module, PacFilter2d):
+        return 2 * module.steps * pixels  # what is adapted and what is given on
+    if isinstance(module, PacCRF):
+        return module.steps * (2 + len(module.terms)) * pixels  # beliefs, messages, log Q
+    return 0
 
 
 def layer_macs(module: Adaptive, channels: int, size: tuple[int, int]) -> int:

@@ -57,6 +57,16 @@ def check_kernel(spec: KernelSpec, where: str, faults: list[str]) -> None:
         faults.append(
             f"{where}.smoothing_size: the gaussian has size 3, got {spec.smoothing_size!r}."
         )
+    for key in ("alpha", "lambd"):
+        if getattr(spec, key) != getattr(KernelSpec, key) and spec.form in (
+            "gaussian",
+            "laplacian",
+        ):
+            faults.append(f"{where}.{key}: belongs to form 'inverse', got {spec.form!r}.")
+    if spec.smoothing == "none" and spec.smoothing_size != KernelSpec.smoothing_size:
+        faults.append(
+            f"{where}.smoothing_size: there is no smoothing. Set smoothing, or leave it out."
+        )
     if spec.asymmetric is True and spec.form != "inverse":
         faults.append(f"{where}.asymmetric: belongs to form 'inverse', got {spec.form!r}.")
 

@@ -149,6 +149,9 @@ def why_not_options(group: Group, target: Target) -> str | None:
             "a constant kernel leaves it the plain convolution, in which nothing can learn. Leave "
             "the group out"
         )
+    divides = group.kernel.normalize in (None, "sum")
+    if isinstance(target.module, nn.AvgPool2d) and group.kernel.form == "constant" and divides:
+        return "a constant kernel leaves it the plain average, in which nothing can learn"
     if group.kernel.normalize in ("sum", "mean") and has_single_taps(target.module):
         return (
             "each pixel that it returns sees one of its input, so that a normalised kernel is "

@@ -19,9 +19,9 @@ def refusal(model: str, faults: Sequence[Fault], *, many_groups: bool) -> PlanEr
             place = f"group {fault.group} {place}".strip()
         lines.append(f"{place}: {fault.message}" if place else fault.message)
     if len(lines) == 1:
-        return PlanError(f"cannot swap in {model}: {lines[0]}", faults)
+        return PlanError(f"cannot upgrade {model}: {lines[0]}", faults)
     listed = "\n".join(f"  - {line}" for line in lines)
-    return PlanError(f"cannot swap in {model}, {len(lines)} faults:\n{listed}", faults)
+    return PlanError(f"cannot upgrade {model}, {len(lines)} faults:\n{listed}", faults)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class PlannedLayer:
         kernels: indices of its adapting kernels; only a CRF has several.
         added: the `state_dict` keys that its module adds, relative to `place`, with their sizes.
         macs: multiply-accumulates for one image that it adds, beside its kernels'.
+        numbers: activations for one image that it keeps, beside its kernels'.
         channels: C of what is filtered.
         aliases: other names under which the same module is registered.
         calls: how often it runs in one forward pass.
@@ -126,6 +127,7 @@ class PlannedLayer:
     kernels: tuple[int, ...]
     added: tuple[tuple[str, int], ...]
     macs: int
+    numbers: int
     channels: int
     aliases: tuple[str, ...]
     calls: int

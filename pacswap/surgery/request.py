@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args
 
-from pacswap.errors import PlanError, nearest_hint
+from pacswap.errors import PlanError, nearest_hint, quoted
 from pacswap.surgery.limits import (
     check_crf,
     check_filter,
@@ -53,11 +53,13 @@ def as_groups(
     if groups is None:
         if layers is None or guidance is None:
             raise PlanError(
-                "name what to swap: layers=… and guidance=…, or groups=[…] for several kinds."
+                "name what to change: layers=… and guidance=…, or groups=[…] for several kinds."
             )
         made = [_group({"layers": layers, "guidance": guidance, **given}, "", faults)]
     elif layers is not None or guidance is not None or given:
-        raise PlanError("give layers, guidance and kernel, or groups, not both.")
+        one = {"layers": layers, "guidance": guidance, **given}
+        names = quoted([key for key, value in one.items() if value is not None])
+        raise PlanError(f"give {names} or groups, not both: a group has them itself.")
     elif isinstance(groups, str | Group | Mapping) or not isinstance(groups, Iterable):
         raise PlanError(f"groups: expected a list of groups, got {groups!r}.")
     else:

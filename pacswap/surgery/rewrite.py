@@ -115,7 +115,7 @@ def pac_layers(model: nn.Module) -> dict[str, Adaptive]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Plain convolutions for the moment: inside, the model is the original with today's weights.
+    """Plain layers for the moment: inside, the model is the original with today's weights.
 
     Args:
         model: an upgraded model, changed in place and restored on leaving.

@@ -48,15 +48,28 @@ class ScopeFinder:
         self.model, self.bones, self.seen, self.seen_train = model, bones, seen, seen_train
         self.drafts: list[_Draft] = []
 
-    def add(self, index: int, group: Group, members: list[str]) -> None:
-        """Find the scope of one group whose guidance can be resolved."""
+    def add(self, index: int, group: Group, members: list[str], *, inserts: bool) -> None:
+        """Find the scope of one group whose guidance can be resolved.
+
+        Args:
+            index: of the group.
+            group: what was asked for.
+            members: its layers.
+            inserts: whether something is put behind one of them; that needs a module around which
+                is no container, whose length and slices would change.
+        """
         _, sources = resolve_sources(group.guidance, self.model, self.seen)
         seen = self.seen
         if any(not seen.of(name) for name in members):
             seen = self.seen_train()  # an auxiliary head that rests in eval mode
         layer_calls = [call for name in members for call in _layer_calls(name, seen)]
         fed_by = [_guidance_calls(source, self.model, seen) for source in sources]
-        entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources)
+        avoided = {
+            name
+            for name, module in self.model.named_modules()
+            if name and inserts and isinstance(module, nn.Sequential | nn.ModuleList)
+        }
+        entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources, avoided)
         verb = KINDS[group.operation].verb
         draft = _Draft(entry, [index], layers=dict.fromkeys(members, verb))
         for call in layer_calls:
@@ -252,10 +265,11 @@ def _deepest_common(
     guidances: list[tuple[list[Call], bool]],
     image_entries: list[Entry],
     sources: list[str],
+    avoided: set[str],
 ) -> Entry:
     """The deepest method whose every call that runs a layer also runs all of its sources."""
     for _, entry in reversed(layers[0].stack[:-1]):
-        if "external" in sources and entry != ROOT:
+        if ("external" in sources and entry != ROOT) or entry[0] in avoided:
             continue
         if "input" in sources and entry not in image_entries:
             continue

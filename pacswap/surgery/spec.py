@@ -26,12 +26,12 @@ LayerPredicate: TypeAlias = Callable[[str, "nn.Module | None"], bool]
 
 @dataclass(frozen=True)
 class LayerQuery:
-    """Convolutions by their properties; a property left at None matches everything.
+    """Layers by their properties; a property left at None matches everything.
 
-    Only spatial convolutions (more than one tap) are considered. A stage is the convolutions with
-    one output size inside one numbered container (`layer3`, `blocks.4`), or in the whole model
-    where there are no such containers (VGG); `last_of_stage` keeps the match that runs last in
-    each.
+    Of convolutions to swap, only spatial ones (more than one tap) are considered. A stage is the
+    convolutions with one output size inside one numbered container (`layer3`, `blocks.4`), or in
+    the whole model where there are no such containers (VGG); `last_of_stage` keeps the match that
+    runs last in each.
     """
 
     type: str | None = None
@@ -78,7 +78,7 @@ class KernelSpec:
             an interpolation, `mean` for transposed convolutions whose windows overlap.
         blend: where the learnable blend starts; 0 is what was there before, 1 the paper's PAC.
         bandwidth: the width of the kernel, or `auto`: the median off-centre K of a calibration
-            batch is ½.
+            batch is ½ (in the inverse form, it is the median distance).
         standardize: bring every guidance channel of every image to mean 0 and variance 1.
         distance: `mean` or `sum` of the differences over the channels.
         alpha: where α of the inverse form starts.
