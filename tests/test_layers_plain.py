@@ -174,10 +174,10 @@ def test_normalised_where_no_two_pixels_meet_nothing_is_adapted(normalize):
     assert_close64(layer(input, guidance).detach(), layer.to_conv()(input).detach())
 
 
-def test_a_transposed_kernel_takes_no_mask():
+def test_the_mask_of_a_transposed_kernel_is_that_of_the_input():
     with pytest.raises(ShapeError) as raised:
         TransposedKernel(3)(torch.ones(1, 1, 5, 5), mask=torch.ones(1, 1, 5, 5))
-    assert str(raised.value) == "a transposed kernel takes no mask: the inserted zeros are one."
+    assert str(raised.value) == "mask must be [B, 1, H, W] = [B, 1, 3, 3], got [1, 1, 5, 5]."
 
 
 # Pooling.

@@ -221,3 +221,73 @@ def test_a_crf_that_sees_only_padding_is_refused():
         "example input, 8×10: every neighbour is padding. Use a smaller one, or a larger example "
         "input."
     )
+
+
+def masked_layers() -> dict[str, tuple[nn.Module, tuple[int, int]]]:
+    """Layers whose plain twin a mask of ones leaves as it is, with the size of their guidance."""
+    torch.manual_seed(0)
+    made = {
+        "conv": (PacConv2d(2, 3, 3, padding=1, blend=0.0), (8, 8)),
+        "transposed": (PacConvTranspose2d(2, 3, 4, 2, 1, blend=0.0), (16, 16)),
+        "average": (PacPool2d(3, 2, 1, blend=0.0, normalize="sum"), (8, 8)),
+        "max": (PacPool2d(3, 2, 1, blend=0.0, normalize="sum", plain="max"), (8, 8)),
+    }
+    return {name: (layer.double(), size) for name, (layer, size) in made.items()}
+
+
+# Not "mean": taps outside the image count as 1 there, and with a mask they count as invalid.
+@pytest.mark.parametrize("normalize", ["none", "sum"])
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", masked_layers())
+def test_a_mask_of_ones_changes_nothing(name, blend, normalize):
+    layer, size = masked_layers()[name]
+    layer.adapting_kernel.normalize = normalize
+    nn.init.constant_(layer.blend, blend)
+    input, guidance = torch.rand(2, 2, 8, 8).double(), torch.rand(2, 3, *size).double()
+    output, seen = layer(input, guidance, mask=torch.ones(2, 1, 8, 8).double())
+    assert seen.all()
+    torch.testing.assert_close(output, layer(input, guidance), rtol=1e-12, atol=1e-12)
+    some = torch.ones(2, 1, 8, 8).double()
+    some[..., 3:5, 3:5] = 0
+    holed, _ = layer(input, guidance, mask=some)
+    assert (holed - output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("blend", [0.0, 1.0])
+@pytest.mark.parametrize("name", masked_layers())
+def test_what_is_masked_does_not_matter(name, blend):
+    layer, size = masked_layers()[name]
+    nn.init.constant_(layer.blend, blend)
+    input, guidance = torch.rand(1, 2, 8, 8).double(), torch.rand(1, 3, *size).double()
+    mask = torch.ones(1, 1, 8, 8).double()
+    mask[..., :4] = 0
+    output, seen = layer(input, guidance, mask=mask)
+    broken = input.clone()
+    broken[..., :4] = math.nan
+    again, _ = layer(broken, guidance, mask=mask)
+    assert torch.equal(output, again)
+    assert output[..., 0].abs().max() == 0
+    assert seen[..., 0].max() == 0
+    assert seen[..., -1].min() == 1
+    output.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", masked_layers())
+def test_a_mask_needs_the_guidance(name):
+    layer, size = masked_layers()[name]
+    input, kernel = torch.rand(1, 2, 8, 8).double(), torch.rand(1, 1, 9, *size).double()
+    with pytest.raises(GuidanceError) as raised:
+        layer(input, kernel=kernel, mask=torch.ones(1, 1, 8, 8).double())
+    assert str(raised.value) == (
+        "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
+    )
+
+
+def test_a_masked_average_is_that_of_the_valid_pixels():
+    layer = PacPool2d(2, normalize="sum", blend=0.0)
+    input = torch.arange(16.0).view(1, 1, 4, 4)
+    mask = torch.ones(1, 1, 4, 4)
+    mask[0, 0, 0, :2] = 0
+    output, _ = layer(input, torch.zeros(1, 1, 4, 4), mask=mask)
+    assert output.flatten().tolist() == [4.5, 4.5, 10.5, 12.5]

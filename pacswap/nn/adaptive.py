@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pacswap.errors import GuidanceError
 from pacswap.nn.kernel import AdaptingKernel
 
+MASKED = "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
+
 
 class Adaptive:
     """Mixin of a layer that adapts to a guidance.

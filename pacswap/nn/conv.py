@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
-from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.adaptive import MASKED, Adaptive
 from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
@@ -192,13 +192,10 @@ class PacConv2d(Adaptive, nn.Conv2d):
         blended = ops.masked(ones, valid, "none", self.window, (H, W))
         if self.enabled:
             if kernel is not None or guidance is None:
-                raise GuidanceError(
-                    "a mask enters where K is made. Call the layer as layer(input, guidance, "
-                    "mask=…)."
-                )
+                raise GuidanceError(MASKED)
             made = self._kernel(guidance, None, mask)
             # Between the masked convolution and the masked PAC, so that taps stay masked.
-            blended = self._toward(blended, made)
+            blended = self._toward(blended.expand_as(made), made)
         seen = valid.any(2)
         # What is not valid may be anything, NaN too.
         output = self._pac(input.masked_fill(mask <= 0, 0), blended)

@@ -292,26 +292,44 @@ class TransposedKernel(AdaptingKernel):
 
         Args:
             guidance: f, [B, D, H_out, W_out].
-            mask: must be None; the zeros between the pixels are the mask.
+            mask: [B, 1, H, W] of the input, above 0 where it is valid.
 
         Returns:
             K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
 
         Raises:
-            ShapeError: a mask is given.
+            ShapeError: the mask is not as large as the input.
         """
-        if mask is not None:
-            raise ShapeError("a transposed kernel takes no mask: the inserted zeros are one.")
-        if not self.enabled or guidance is None or self.normalize == "none":
+        if not self.enabled or guidance is None or (self.normalize == "none" and mask is None):
             return super().forward(guidance)
-        return super().forward(guidance, mask=self._seen(guidance))
+        kernel = super().forward(guidance, mask=self.seen(guidance, mask))
+        if mask is None or kernel is None or self.normalize != "none":
+            return kernel
+        # What was made up for is the plane of the output; the zeros in it were never missing.
+        inside = self.window.inside(guidance.shape[-2], guidance.shape[-1], guidance.device)
+        plane = self.window.taps if inside is None else inside.sum(1, keepdim=True)[:, None]
+        pixels = self.seen(guidance).sum(2, keepdim=True).to(kernel.dtype)
+        return kernel * (pixels / plane)
 
-    def _seen(self, guidance: Tensor) -> Tensor:
-        """Which taps lie on a pixel of the input: bool [1, 1, KH*KW, H_out, W_out]."""
+    def seen(self, guidance: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Which taps lie on a valid pixel of the input: bool [B or 1, 1, KH*KW, H_out, W_out].
+
+        Args:
+            guidance: [B, D, H_out, W_out]; its size counts.
+            mask: [B, 1, H, W] of the input; None for one that is valid everywhere.
+
+        Raises:
+            ShapeError: the mask is not as large as the input.
+        """
         left, right, top, bottom = self.transposed.pad
         rows, below = self._input_side(0, guidance.shape[-2], top, bottom)
         columns, beside = self._input_side(1, guidance.shape[-1], left, right)
         image = torch.ones(1, 1, rows, columns, device=guidance.device)
+        if mask is not None:
+            if mask.dim() != 4 or mask.shape[1:] != image.shape[1:]:
+                size = f"[B, 1, {rows}, {columns}]"
+                raise ShapeError(f"mask must be [B, 1, H, W] = {size}, got {list(mask.shape)}.")
+            image = mask
         window = replace(self.transposed, pad=(left, left + beside, top, top + below))
         return ops.valid_taps(ops.insert_zeros(image, self.steps), window)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pacswap import ops
-from pacswap.errors import ShapeError, nearest_hint
-from pacswap.nn.adaptive import Adaptive
+from pacswap.errors import GuidanceError, ShapeError, nearest_hint
+from pacswap.nn.adaptive import MASKED, Adaptive
 from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Size2, make_window
 
@@ -88,33 +89,67 @@ class PacPool2d(Adaptive, nn.Module):
         self._adapt(blend, kernel, torch.zeros((), device=device, dtype=dtype))
 
     def forward(
-        self, input: Tensor, guidance: Tensor | None = None, *, kernel: Tensor | None = None
-    ) -> Tensor:
+        self,
+        input: Tensor,
+        guidance: Tensor | None = None,
+        *,
+        kernel: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Any:
         """Pool `input`, adapted to a guidance or by a kernel that was computed from one.
 
         Args:
             input: v, [B, C, H, W] (or unbatched, like its companions).
             guidance: f, [B, D, H, W], at the resolution of `input`.
             kernel: K, [B, 1 or C, KH*KW, H_out, W_out], instead of `guidance`.
+            mask: [B, 1, H, W], above 0 where the input is valid; with `guidance` only. An output
+                that sees nothing valid is 0.
 
         Returns:
-            [B, C, H_out, W_out].
+            [B, C, H_out, W_out]; with a mask, that and the output's mask [B, 1, H_out, W_out].
 
         Raises:
             GuidanceError: neither `guidance` nor `kernel` was given, or both.
             ShapeError: the tensors disagree.
         """
+        if input.dim() == 3:
+            given = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel, mask))
+            guidance, kernel, mask = given
+            made = self.forward(input.unsqueeze(0), guidance, kernel=kernel, mask=mask)
+            return made.squeeze(0) if mask is None else tuple(t.squeeze(0) for t in made)
+        if mask is not None:
+            return self._masked(input, guidance, kernel, mask)
         if not self.enabled:
             return self.plain(input)
-        if input.dim() == 3:
-            guidance, kernel = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel))
-            return self.forward(input.unsqueeze(0), guidance, kernel=kernel).squeeze(0)
         kernel = self._kernel(guidance, kernel)
         learns = torch.is_grad_enabled() and (kernel.requires_grad or self.blend.requires_grad)
         if self._is_plain() and not learns:
             return self.plain(input)
         adapted = ops.pac_pool2d(input, kernel.to(input.dtype), self.window)
         return self._toward(self.plain(input), adapted)
+
+    def _masked(
+        self, input: Tensor, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        valid = ops.valid_taps(mask, self.window)
+        seen = valid.any(2)
+        # What is not valid may be anything, NaN too.
+        filled = input.masked_fill(mask <= 0, 0)
+        output = torch.where(seen, self._masked_plain(filled, mask, valid), 0.0)
+        if self.enabled:
+            if kernel is not None or guidance is None:
+                raise GuidanceError(MASKED)
+            made = self._kernel(guidance, None, mask).to(input.dtype)
+            output = self._toward(output, ops.pac_pool2d(filled, made, self.window))
+        return output * seen, seen.to(input.dtype)
+
+    def _masked_plain(self, filled: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+        """The plain pooling of what is valid."""
+        if isinstance(self.plain, nn.MaxPool2d):
+            return self.plain(filled.masked_fill(mask <= 0, -math.inf))
+        counted = valid.to(filled.dtype)
+        counted = counted / counted.sum(2, keepdim=True).clamp(min=1)
+        return ops.pac_pool2d(filled, counted.expand(filled.shape[0], -1, -1, -1, -1), self.window)
 
     @classmethod
     def from_pool(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pacswap import ops
-from pacswap.errors import ShapeError
-from pacswap.nn.adaptive import Adaptive
+from pacswap.errors import GuidanceError, ShapeError
+from pacswap.nn.adaptive import MASKED, Adaptive
 from pacswap.nn.kernel import KernelOptions, TransposedKernel, is_external
 from pacswap.ops.window import Size2
 
@@ -116,7 +116,8 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
         *,
         kernel: Tensor | None = None,
         output_size: Sequence[int] | None = None,
-    ) -> Tensor:
+        mask: Tensor | None = None,
+    ) -> Any:
         """Upsample `input`, adapted to a guidance or by a kernel that was computed from one.
 
         Args:
@@ -125,9 +126,11 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
                 place are the `output_size`, as in `torch.nn.ConvTranspose2d`.
             kernel: K, [B, 1 or C_in, KH*KW, H_out, W_out], instead of `guidance`.
             output_size: as in `torch.nn.ConvTranspose2d`.
+            mask: [B, 1, H, W], above 0 where the input is valid; with `guidance` only. An output
+                that sees nothing valid is 0.
 
         Returns:
-            [B, C_out, H_out, W_out].
+            [B, C_out, H_out, W_out]; with a mask, that and the output's mask [B, 1, H_out, W_out].
 
         Raises:
             GuidanceError: neither `guidance` nor `kernel` was given, or both.
@@ -136,37 +139,26 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
         if guidance is not None and not isinstance(guidance, Tensor):
             guidance, output_size = None, guidance if output_size is None else output_size
         asked = None if output_size is None else list(output_size)
-        if not self.enabled:
-            return super().forward(input, asked)
         if input.dim() == 3:
-            given = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel))
-            guidance, kernel = given
-            made = self.forward(input.unsqueeze(0), guidance, kernel=kernel, output_size=asked)
-            return made.squeeze(0)
-        extra = self._output_padding(
-            input,
-            asked,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
+            given = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel, mask))
+            guidance, kernel, mask = given
+            made = self.forward(
+                input.unsqueeze(0), guidance, kernel=kernel, output_size=asked, mask=mask
+            )
+            return made.squeeze(0) if mask is None else tuple(t.squeeze(0) for t in made)
+        options = self._options(input, asked)
+        if mask is not None:
+            return self._masked(input, guidance, kernel, mask, options)
+        if not self.enabled:
+            return F.conv_transpose2d(input, self.weight, self.bias, **options)
         kernel = self._kernel(guidance, kernel)
         blended = ops.blended(kernel, self.blend).to(input.dtype)
-        options = {
-            "stride": self.stride,
-            "padding": self.padding,
-            "output_padding": tuple(extra),
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
         if not self._is_plain():
-            return ops.pac_conv_transpose2d(input, blended, self.weight, self.bias, **options)  # type: ignore[arg-type]
-        output = F.conv_transpose2d(input, self.weight, self.bias, **options)  # type: ignore[arg-type]
+            return ops.pac_conv_transpose2d(input, blended, self.weight, self.bias, **options)
+        output = F.conv_transpose2d(input, self.weight, self.bias, **options)
         if not (torch.is_grad_enabled() and blended.requires_grad):
             return output
-        window, steps = self._geometry(tuple(extra))
+        window, steps = self._geometry(options["output_padding"])
         return ops.attach_kernel_gradient(
             output,
             ops.insert_zeros(input, steps),
@@ -175,6 +167,52 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
             window=window,
             groups=self.groups,
         )
+
+    def _options(self, input: Tensor, output_size: list[int] | None) -> dict[str, Any]:
+        """What `F.conv_transpose2d` is told beside the tensors."""
+        extra = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "output_padding": tuple(extra),
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    def _masked(
+        self,
+        input: Tensor,
+        guidance: Tensor | None,
+        kernel: Tensor | None,
+        mask: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        if kernel is not None or guidance is None:
+            raise GuidanceError(MASKED)
+        if not isinstance(self.adapting_kernel, TransposedKernel):
+            self._kernel(guidance, None)  # raises: it has none
+            raise AssertionError
+        valid = self.adapting_kernel.seen(guidance, mask).to(input.dtype)
+        pixels = self.adapting_kernel.seen(guidance).to(input.dtype).sum(2, keepdim=True)
+        # Without adaptation the valid taps stand in for the others.
+        blended = valid * (pixels / valid.sum(2, keepdim=True).clamp(min=1))
+        blended = blended.expand(input.shape[0], -1, -1, -1, -1)
+        if self.enabled:
+            made = self._kernel(guidance, None, mask).to(input.dtype)
+            blended = self._toward(blended.expand_as(made), made)
+        seen = valid.amax(2)
+        # What is not valid may be anything, NaN too.
+        filled = input.masked_fill(mask <= 0, 0)
+        output = ops.pac_conv_transpose2d(filled, blended, self.weight, self.bias, **options)
+        return output * seen, seen
 
     def _geometry(self, output_padding: tuple[int, ...]) -> tuple[ops.Window, tuple[int, int]]:
         return ops.transposed_window(
