@@ -60,7 +60,7 @@ Everything, input 3×16×20: 1 convolution, 1 pooling layer and 2 upsampling ste
   rewired     forward (Everything), the rest keeps its code
   parameters  701 + 540 (77 %)
   MACs        52.8 k + 327 k (619 %)
-  memory      + 61.8 kB of activations for one image"""
+  memory      + 139 kB of activations for one image"""
 COPIED = ("everything", "headed", "append", "transposed_3x3_s2_p1_op1", "pool_average_ceil")
 copied = pytest.mark.parametrize("name", COPIED)
 # What each operation changes in `Everything`, with how many channels.

@@ -24,10 +24,12 @@ class Adaptive:
         blend: learnable scalar, dimensionless.
         adapting_kernel: from a guidance to K; None for a layer that is always called with
             `kernel=` (it shares another's, or its form is `external`).
+        takes_kernel: whether it can be called with `kernel=`; a CRF makes its kernels itself.
         enabled: False inside `pacswap.disabled`: the layer is then what it was before.
         guided_by: set by surgery, for the message of a call that forgets the guidance.
     """
 
+    takes_kernel = True
     blend: nn.Parameter
     adapting_kernel: AdaptingKernel | None
     enabled: bool
@@ -73,7 +75,7 @@ class Adaptive:
     def _missing_guidance(self) -> str:
         if self.guided_by is None:
             name = type(self).__name__
-            if self.adapting_kernel is None:
+            if self.takes_kernel and self.adapting_kernel is None:
                 return f"{name} was called without a kernel. Call it with kernel=…"
             return f"{name} was called without a guidance. Call it as layer(input, guidance)."
         return (

@@ -64,6 +64,8 @@ class PacCRF(Adaptive, nn.Module):
         torch.Size([1, 21, 64, 64])
     """
 
+    takes_kernel = False
+
     def __init__(
         self,
         channels: int,
