@@ -208,8 +208,8 @@ def test_calls_without_guidance_are_refused():
     crf.guided_by = "'head.crf'"
     message = (
         "'head.crf' was called on a path through the model that does not compute its guidance. "
-        "Call the model itself, or use `with pacswap.disabled(model):` to run that path with "
-        "plain convolutions."
+        "Call the model itself, or use `with pacswap.disabled(model):` to run that path as it "
+        "was before the swap."
     )
     refuse(GuidanceError, message, crf, unary)
 
