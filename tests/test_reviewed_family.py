@@ -138,6 +138,16 @@ def test_a_constant_average_is_refused():
     )
 
 
+def test_what_is_put_behind_an_average_may_be_constant():
+    """The reasons why a pooling cannot have such a kernel are not the CRF's behind it."""
+    options = {"kernel": {"form": "constant"}, "crf": {"kernels": [{"compatibility": "2d"}]}}
+    net = Pooled()
+    upgraded = pacswap.swap(
+        net, "pool", "stem", operation="append", example_input=IMAGES, **options
+    )
+    assert pacswap.verify(net, upgraded, IMAGES).passed
+
+
 def test_nothing_is_put_into_a_sequential():
     upgraded = pacswap.swap(
         Inside(), "features.1", "features.0", operation="upsample", example_input=IMAGES

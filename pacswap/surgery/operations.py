@@ -137,20 +137,21 @@ def has_single_taps(module: nn.Module | None) -> bool:
 
 def why_not_options(group: Group, target: Target) -> str | None:
     """Why a group's options make no sense for one of its targets, or None."""
-    inserted = is_inserted(group.operation, target)
-    if not inserted and group.filter is not None:
+    if is_inserted(group.operation, target):
+        return None
+    if group.filter is not None:
         return (
             "its own filter adapts, and the group's filter is for interpolations. Put it into a "
             "group of its own, without one"
         )
-    convolves = not inserted and group.operation in ("swap", "upsample")
-    if convolves and group.kernel.form == "constant":
+    constant = group.kernel.form == "constant"
+    if constant and group.operation in ("swap", "upsample"):
         return (
             "a constant kernel leaves it the plain convolution, in which nothing can learn. Leave "
             "the group out"
         )
     divides = group.kernel.normalize in (None, "sum")
-    if isinstance(target.module, nn.AvgPool2d) and group.kernel.form == "constant" and divides:
+    if constant and isinstance(target.module, nn.AvgPool2d) and divides:
         return "a constant kernel leaves it the plain average, in which nothing can learn"
     if group.kernel.normalize in ("sum", "mean") and has_single_taps(target.module):
         return (
