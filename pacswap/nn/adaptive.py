@@ -94,6 +94,17 @@ class Adaptive:
             return False
         return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
 
+    def _rests(self, *learning: Tensor) -> bool:
+        """Whether what was there before is all that is asked for: neither value nor gradient more.
+
+        Args:
+            *learning: what may learn through the adapted part, beside the blend.
+        """
+        if not self._is_plain():
+            return False
+        learns = any(tensor.requires_grad for tensor in (self.blend, *learning))
+        return not (torch.is_grad_enabled() and learns)
+
     def _toward(self, plain: Tensor, adapted: Tensor) -> Tensor:
         """Plain + blend · (adapted − plain): exactly `plain` at 0 and `adapted` at 1.
 

@@ -120,7 +120,7 @@ class PacCRF(Adaptive, nn.Module):
         if not self.enabled:
             return self._finished(unary)
         guidances = self._guidances(unary, guidance)
-        if self._is_plain() and not (torch.is_grad_enabled() and self.blend.requires_grad):
+        if self._rests():
             return self._finished(unary)
         logits = unary.to(ops.compute_dtype(unary.dtype))
         log_q = self._inferred(logits, unary.dtype, guidances)

@@ -100,8 +100,7 @@ class PacFilter2d(Adaptive, nn.Module):
         if not self.enabled:
             return input
         kernel = self._kernel(guidance, kernel)
-        learns = torch.is_grad_enabled() and (kernel.requires_grad or self.blend.requires_grad)
-        if self._is_plain() and not learns:
+        if self._rests(kernel):
             return input
         kernel = kernel.to(input.dtype)
         groups = self.channels if self.weights == "filter" else 1

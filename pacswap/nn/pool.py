@@ -122,8 +122,7 @@ class PacPool2d(Adaptive, nn.Module):
         if not self.enabled:
             return self.plain(input)
         kernel = self._kernel(guidance, kernel)
-        learns = torch.is_grad_enabled() and (kernel.requires_grad or self.blend.requires_grad)
-        if self._is_plain() and not learns:
+        if self._rests(kernel):
             return self.plain(input)
         adapted = ops.pac_pool2d(input, kernel.to(input.dtype), self.window)
         return self._toward(self.plain(input), adapted)

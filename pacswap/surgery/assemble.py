@@ -183,8 +183,7 @@ class Assembly:
 
     def _channels(self, scope: PlannedScope, probe: Probe, name: str) -> set[int]:
         """C of what a layer filters, at each of its calls."""
-        nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(name))]
-        shapes = [probe.shape(node.all_input_nodes[0]) for node in nodes]
+        shapes = [probe.shape(node.all_input_nodes[0]) for node in scope.nodes_of(name)]
         return {shape[-3] for shape in shapes if shape is not None}
 
     def _calls(self, scope: PlannedScope, name: str) -> int:
@@ -226,7 +225,7 @@ class Assembly:
 def located(claim: Claim, scope: PlannedScope, probe: Probe) -> Claim:
     """A claim on a node that only the trace shows, with the shape of what that returns."""
     target = claim.target
-    nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(claim.name))]
+    nodes = scope.nodes_of(claim.name)
     if target.module is not None or target.call is not None or not nodes:
         return claim
     call = Call(0, (claim.name, FUNCTION), (), None, probe.shape(nodes[0]))
@@ -244,7 +243,7 @@ def why_not_label(scope: PlannedScope, claim: Claim, seen: Observation) -> str |
     runs = sum(call.entry == (scope.module, scope.method) for call in seen.calls)
     if runs > 1:
         return f"it runs {runs} times in one forward pass, and one layer is put behind it"
-    nodes = [node for trace in scope.traces for node in trace.nodes_of(scope.local(claim.name))]
+    nodes = scope.nodes_of(claim.name)
     inputs = [node.all_input_nodes[0] for node in nodes if node.all_input_nodes]
     if len({node.meta.get(LABEL, node.target) for node in inputs}) > 1:
         return (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch.fx.node import Node
+
 from pacswap.errors import Fault, PlanError
 from pacswap.surgery.spec import Group, GuidanceSpec, KernelSpec, Operation
 from pacswap.surgery.trace import Trace
@@ -169,6 +171,10 @@ class PlannedScope:
     def traces(self) -> tuple[Trace, ...]:
         """The one or two graphs."""
         return tuple(trace for trace in (self.train, self.evaluate) if trace is not None)
+
+    def nodes_of(self, name: str) -> list[Node]:
+        """What makes the outputs of a module, or the node of that label, in all graphs."""
+        return [node for trace in self.traces for node in trace.nodes_of(self.local(name))]
 
     def local(self, name: str) -> str:
         """A dotted name relative to this module."""

@@ -316,7 +316,7 @@ def _hidden_layers(scope: PlannedScope, layers: dict[str, str]) -> list[tuple[st
     hidden = {name: why for trace in scope.traces for name, why in trace.hidden.items()}
     for layer, verb in layers.items():
         local = scope.local(layer)
-        if any(trace.nodes_of(local) for trace in scope.traces):
+        if scope.nodes_of(layer):
             continue
         inside = [(n, why) for n, why in hidden.items() if local.startswith(f"{n}.")]
         if inside:
