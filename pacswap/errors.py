@@ -76,6 +76,14 @@ class VerificationError(PacswapError, RuntimeError):
     """An upgraded model breaks one of the promises; the message has the measured figures."""
 
 
+class DataError(PacswapError, ValueError):
+    """Labelled pictures are missing, damaged or mislabelled; the message counts and names them."""
+
+
+class TrainingError(PacswapError, RuntimeError):
+    """A training cannot begin or go on; the message names the last usable checkpoint."""
+
+
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     """The known names that look most like `name`, best first.
 

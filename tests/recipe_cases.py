@@ -59,7 +59,7 @@ EDITS = {
     "empty text": ("fcn_resnet50", "''", "recipe.yaml:4:9: model.name: expected some text, got an empty one."),
     "pickled weights": ("DEFAULT", "w/fcn.bin", "recipe.yaml:5:12: model.weights: expected a tag of the library or a file that ends in .safetensors, .pth or .pt, got 'w/fcn.bin'."),
     "args not a mapping": ("{num_classes: 21}", "21", "recipe.yaml:6:9: model.args: expected a mapping, got 21."),
-    "model not a mapping": (GOOD[GOOD.index("\n  library") : GOOD.index("\nswap")], " fcn", "recipe.yaml:2:8: model: expected a mapping of 'library', 'name', 'weights', 'args', 'input_size', got 'fcn'."),
+    "model not a mapping": (GOOD[GOOD.index("\n  library") : GOOD.index("\nswap")], " fcn", "recipe.yaml:2:8: model: expected a mapping of 'library', 'name', 'weights', 'args', 'num_classes', 'input_size', got 'fcn'."),
     "two of three sizes": ("{num_classes: 21}", "{}\n  input_size: [3, 64]", "recipe.yaml:7:15: model.input_size: expected a list of three whole numbers (channels, height, width), got 2 of them."),
     "size 0": ("{num_classes: 21}", "{}\n  input_size: [3, 64, 0]", "recipe.yaml:7:23: model.input_size[2]: expected at least 1, got 0."),
     "channels 0": ("16", "0", "recipe.yaml:9:49: swap[0].guidance.channels: expected at least 1, got 0."),

@@ -1,13 +1,14 @@
 """Recipes: what to swap and how to fine-tune, as YAML that is checked before anything runs."""
 
+from pacswap.recipes.data import DataSection, TransformSection
 from pacswap.recipes.finetune import (
+    CheckpointSection,
     ControlSection,
-    DataSection,
+    EvaluateSection,
     FinetuneSection,
     LossSection,
     OptimizerSection,
     StageSection,
-    TransformSection,
 )
 from pacswap.recipes.groups import (
     AppendSection,
@@ -39,8 +40,10 @@ __all__ = [
     "AppendSection",
     "CRFSection",
     "CalibrationSection",
+    "CheckpointSection",
     "ControlSection",
     "DataSection",
+    "EvaluateSection",
     "FilterSection",
     "FinetuneSection",
     "GroupSection",

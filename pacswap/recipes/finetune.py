@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 from pydantic import AfterValidator, Field, Strict, Tag
 
 from pacswap.errors import nearest, quoted
+from pacswap.recipes.data import DataSection
 from pacswap.recipes.sections import (
     LIST,
     MAPPING,
@@ -24,7 +25,6 @@ from pacswap.recipes.sections import (
     Section,
     Text,
     check_pattern,
-    exactly,
     forms,
     got,
     wrong,
@@ -53,97 +53,25 @@ def _check_group(name: str) -> str:
     return check_pattern(name)
 
 
-def _check_scale(scale: tuple[float, float]) -> tuple[float, float]:
-    if scale[0] > scale[1]:
-        raise wrong(f"expected the smaller one first, got {scale[0]} and {scale[1]}.")
-    return scale
-
-
-class TransformSection(Section):
-    """How training pictures are varied; images and masks alike."""
-
-    scale: Annotated[
-        tuple[Above0, Above0],
-        Strict(False),
-        exactly(2, "two numbers above 0"),
-        AfterValidator(_check_scale),
-    ] = Field(default=(1.0, 1.0), description="Least and greatest factor of a random resize.")
-    crop: Pair | None = Field(
-        default=None, description="Height and width of a random crop; null keeps the whole picture."
-    )
-    flip: Fraction = Field(default=0.0, description="The probability of a mirror image, 0 to 1.")
-    color: Fraction = Field(
-        default=0.0, description="How far brightness, contrast and saturation vary, 0 to 1."
-    )
-
-
-class DataSection(Section):
-    """Labelled pictures."""
-
-    format: Literal["folder", "voc", "sbd", "cityscapes", "oxford_pet", "coco", "scenes"] = Field(
-        description="How the data lies on the disk; scenes are drawn and need no disk."
-    )
-    root: Text | None = Field(
-        default=None, description="The data's folder, relative to the recipe."
-    )
-    train: Text | None = Field(
-        default=None,
-        description="The split to learn from: its name or a file that lists it; null is the "
-        "format's own.",
-    )
-    val: Text | None = Field(
-        default=None,
-        description="The split to measure on: its name or a file that lists it; null is the "
-        "format's own.",
-    )
-    images: Text | None = Field(default=None, description="The subfolder of the pictures.")
-    masks: Text | None = Field(default=None, description="The subfolder of the label masks.")
-    classes: (
-        Annotated[
-            Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), Tag(LIST)]
-            | Annotated[Text, Tag(TEXT)]
-            | Annotated[Positive, Tag(NUMBER)],
-            forms("a list of names, a file that lists them or their number"),
-        ]
-        | None
-    ) = Field(
-        default=None,
-        description="The classes' names, a file with one per line, or how many; null is the "
-        "format's own.",
-    )
-    ignore_index: int = Field(default=255, description="The label of pixels that do not count.")
-    transforms: TransformSection = Field(
-        default_factory=TransformSection, description="How training pictures are varied."
-    )
-
-    @classmethod
-    def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:
-        """Data has a folder unless it is drawn."""
-        style, root = raw.get("format"), raw.get("root")
-        if style == "scenes" and root is not None:
-            yield Breach(
-                ("root",),
-                f"expected none for scenes, which are drawn, got {got(root)}. Remove the key.",
-            )
-        if isinstance(style, str) and style != "scenes" and root is None:
-            text = f"missing key. Expected: the folder of the {got(style)} data."
-            yield Breach(("root",), text, MISSING_KEY)
-
-
 class OptimizerSection(Section):
-    """What turns gradients into steps."""
+    """What turns gradients into steps; built by timm's factory."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="The rule.")
+    name: Text = Field(
+        default="adamw", description="One of timm's optimizers: adamw, sgd, lion ..."
+    )
     weight_decay: AtLeast0 = Field(default=0.01, description="How strongly weights are shrunk.")
     momentum: Fraction | None = Field(
-        default=None, description="Of sgd only, 0 to 1; null is 0.9 there."
+        default=None, description="Of optimizers like sgd, 0 to 1; null is 0.9 there."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further keyword arguments of the optimizer."
     )
 
     @classmethod
     def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:
-        """Only sgd has a momentum of its own."""
+        """Adam has betas, no momentum."""
         momentum = raw.get("momentum")
-        if momentum is not None and raw.get("name") != "sgd":
+        if momentum is not None and raw.get("name", "adamw") in ("adam", "adamw"):
             yield Breach(
                 ("momentum",), f"expected only with name: sgd, got {got(momentum)}. Remove the key."
             )
@@ -158,8 +86,25 @@ class LossSection(Section):
     label_smoothing: Fraction = Field(
         default=0.0, description="How much of each label is spread over all classes, 0 to 1."
     )
-    class_weights: Annotated[tuple[AtLeast0, ...], Strict(False), Field(min_length=1)] | None = (
-        Field(default=None, description="A weight per class; null weighs all alike.")
+    class_weights: (
+        Annotated[
+            Annotated[tuple[AtLeast0, ...], Strict(False), Field(min_length=1), Tag(LIST)]
+            | Annotated[Literal["balanced"], Tag(TEXT)],
+            forms("a list of numbers or 'balanced'"),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="A weight per class; balanced counts the training masks and gives rare classes "
+        "more; null weighs all alike.",
+    )
+    ohem: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Learn from this share of the pixels only, those of greatest loss; null takes "
+        "all.",
+    )
+    auxiliary: AtLeast0 = Field(
+        default=0.4, description="The weight of an auxiliary head's loss, where there is one."
     )
 
 
@@ -192,6 +137,17 @@ class StageSection(Section):
         default=0.0,
         description="How long the learning rate rises first, in the unit of the stage's length.",
     )
+    power: Above0 | None = Field(
+        default=None, description="Of schedule poly: its exponent; null is 0.9."
+    )
+    decay_every: Above0 | None = Field(
+        default=None,
+        description="Of schedule step: after how long the learning rate falls, in the unit of the "
+        "stage's length; null is a third of the stage.",
+    )
+    decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Of schedule step: the factor by which it falls; null is 0.1."
+    )
 
     @classmethod
     def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:
@@ -205,6 +161,7 @@ class StageSection(Section):
             length = steps if epochs is None else epochs
             if _is_number(warmup) and _is_number(length) and 0 < length < warmup:
                 yield Breach(("warmup",), f"expected at most the stage's {length}, got {warmup}.")
+        yield from _keys_of_schedule(raw)
         lr = raw.get("lr")
         if isinstance(lr, Mapping):
             if "default" not in lr:
@@ -224,7 +181,49 @@ class ControlSection(Section):
     )
     capacity: bool = Field(
         default=False,
-        description="Also train a plain network with as many parameters as were added.",
+        description="Also train the upgraded network with every adapting kernel held constant: as "
+        "many parameters, and nothing adapts.",
+    )
+
+
+class EvaluateSection(Section):
+    """How the network is measured on whole pictures."""
+
+    every: Positive = Field(
+        default=1, description="After how many passes over the data; always at a stage's end."
+    )
+    window: Pair | None = Field(
+        default=None,
+        description="Height and width of a window that slides over larger pictures; null takes "
+        "each picture whole.",
+    )
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.5, description="How much neighbouring windows overlap."
+    )
+    scales: Annotated[tuple[Above0, ...], Strict(False), Field(min_length=1)] = Field(
+        default=(1.0,), description="Sizes at which each picture is seen; the answers are averaged."
+    )
+    flip: bool = Field(default=False, description="Whether mirror images are averaged in.")
+    band: Positive = Field(
+        default=2, description="How near an edge, in pixels, a pixel counts as an edge pixel."
+    )
+    boundary: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.02,
+        description="How near a contour boundary IoU looks, as a share of the picture's diagonal.",
+    )
+    pictures: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="How many pictures of before and after are drawn."
+    )
+
+
+class CheckpointSection(Section):
+    """What is kept while training."""
+
+    every: Positive | None = Field(
+        default=None, description="After how many steps one is written; null is once per pass."
+    )
+    keep: Positive = Field(
+        default=2, description="How many of the last ones stay, beside the best."
     )
 
 
@@ -233,6 +232,13 @@ class FinetuneSection(Section):
 
     seed: _Seed = Field(default=0, description="Where all randomness of the training starts.")
     batch_size: Positive = Field(default=8, description="Pictures per step, over all devices.")
+    accumulate: Positive = Field(
+        default=1,
+        description="In how many parts a step's pictures are taken, to need less memory.",
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="Processes that read pictures; 0 reads in the main one."
+    )
     precision: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp32", description="The number format of the forward and backward pass."
     )
@@ -246,6 +252,21 @@ class FinetuneSection(Section):
     )
     clip_grad: Above0 | None = Field(
         default=None, description="The greatest norm of the whole gradient; null leaves it alone."
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="The learning rate's factor per layer, from the head down; null has none.",
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="The decay of a moving average of the weights, which is what is then measured "
+        "and kept; null has none.",
+    )
+    evaluate: EvaluateSection = Field(
+        default_factory=EvaluateSection, description="How the network is measured."
+    )
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection, description="What is kept while training."
     )
     stages: Annotated[tuple[StageSection, ...], Strict(False), Field(min_length=1)] = Field(
         description="What learns when, one stage after the other."
@@ -266,6 +287,18 @@ class FinetuneSection(Section):
                 yield Breach(("stages", index, "name"), text)
             elif isinstance(name, str):
                 seen[name] = index
+
+
+# Which keys belong to which schedule.
+_OF_SCHEDULE = {"power": "poly", "decay_every": "step", "decay_rate": "step"}
+
+
+def _keys_of_schedule(raw: Mapping[str, Any]) -> Iterator[Breach]:
+    """A key that the stage's schedule would not look at."""
+    for key, schedule in _OF_SCHEDULE.items():
+        if raw.get(key) is not None and raw.get("schedule", "constant") != schedule:
+            text = f"expected only with schedule: {schedule}, got {got(raw[key])}. Remove the key."
+            yield Breach((key,), text)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -59,6 +59,11 @@ class ModelSection(Section):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the model's factory."
     )
+    num_classes: Positive | None = Field(
+        default=None,
+        description="Give a segmentation network a new head of so many classes once its weights "
+        "are loaded; null keeps its own.",
+    )
     input_size: (
         Annotated[
             tuple[Positive, Positive, Positive],

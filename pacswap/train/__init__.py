@@ -1,0 +1,1 @@
+"""Fine-tuning upgraded segmentation networks, and knowing whether it helped."""
