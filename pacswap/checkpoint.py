@@ -146,6 +146,7 @@ def recipe_of(plan: Plan, source: Source) -> Recipe:
                 "name": source.name,
                 "weights": None,
                 "args": dict(source.args),
+                "num_classes": source.num_classes,
                 "input_size": list(plan.input_shape[1:]),
             },
             **_sections(plan),
@@ -163,7 +164,7 @@ def pinned(recipe: Recipe, plan: Plan) -> Recipe:
 def source_of(recipe: Recipe, *, weights: bool = True) -> Source:
     """What a recipe's model section builds."""
     model = recipe.model
-    source = Source(model.library, model.name, model.weights, model.args)
+    source = Source(model.library, model.name, model.weights, model.args, model.num_classes)
     return source if weights else bare(source)
 
 

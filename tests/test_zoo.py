@@ -103,7 +103,7 @@ def test_model_names():
     assert list(names) == ["pacswap", "timm", "torchvision"]
     assert "resnet18" in names["timm"]
     assert "fcn_resnet50" in names["torchvision"]
-    assert names["pacswap"] == ["scene_net"]
+    assert names["pacswap"] == ["deeplabv3", "scene_net"]
     assert model_names("torchvision") == {"torchvision": names["torchvision"]}
 
 

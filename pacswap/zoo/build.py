@@ -18,6 +18,7 @@ from torch import nn
 from pacswap import scenes
 from pacswap.errors import ModelError, PacswapError, WeightsError, nearest_hint, quoted
 from pacswap.shipped import shipped_folder
+from pacswap.zoo.heads import renew_heads
 from pacswap.zoo.weights import load_weights_file
 
 SOURCE = "_pacswap_source"
@@ -39,18 +40,21 @@ class Source:
     """What it takes to build a model again.
 
     Attributes:
-        library: `timm`, `torchvision`, `python` (a dotted factory) or `pacswap` (the
-            demonstration).
+        library: `timm`, `torchvision`, `python` (a dotted factory) or `pacswap` (its own
+            few).
         name: the model's name in its library, or `package.module:factory`.
         weights: a tag of the library (`DEFAULT` is its own choice), a file, or None for random
             ones.
         args: keyword arguments of the model's factory.
+        num_classes: give it a new head of so many classes once the weights are loaded; None keeps
+            its own.
     """
 
     library: str
     name: str
     weights: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
 
 
 def build(
@@ -81,6 +85,8 @@ def build(
         load_weights_file(model, (folder or Path()) / weights)
     else:
         model = _made(factory, source, weights)
+    if source.num_classes is not None:
+        renew_heads(model, source.num_classes)
     # What was built says by what, so that it can be saved without asking.
     vars(model)[SOURCE] = bare(source)
     return model
@@ -100,6 +106,8 @@ def bare(source: Source) -> Source:
         if tag is not None and source.name in _WITH_AUXILIARY:
             # What torchvision itself changes where it loads weights.
             args = {"transform_input": True, **_WITH_AUXILIARY[source.name], **args}
+    if source.library == "pacswap":
+        args.pop("pretrained", None)
     if source.library == "timm" and tag not in (None, "DEFAULT"):
         name = f"{name.partition('.')[0]}.{tag}"  # the tag also says how images are normalised
     return replace(source, name=name, weights=None, args=args)
@@ -108,7 +116,7 @@ def bare(source: Source) -> Source:
 def model_names(library: str | None = None) -> dict[str, list[str]]:
     """The names that `build` knows, by library."""
     listers: dict[str, Callable[[], list[str]]] = {
-        "pacswap": lambda: sorted(_demonstrations()),
+        "pacswap": lambda: sorted(_own_models()),
         "timm": lambda: importlib.import_module("timm").list_models(),
         "torchvision": lambda: importlib.import_module("torchvision.models").list_models(),
     }
@@ -118,7 +126,7 @@ def model_names(library: str | None = None) -> dict[str, list[str]]:
 def input_size(source: Source, model: nn.Module) -> tuple[int, int, int] | None:
     """(C, H, W) of the images a library's model was made for, or None if it does not say."""
     if source.library == "pacswap":
-        return 3, 96, 128
+        return (3, 96, 128) if source.name == "scene_net" else (3, 224, 224)
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
     return None if size is None else (size[0], size[1], size[2])
@@ -126,9 +134,10 @@ def input_size(source: Source, model: nn.Module) -> tuple[int, int, int] | None:
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images a model was trained on (ImageNet's by default)."""
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
-        return tuple(config["mean"]), tuple(config["std"])
+    for network in (model, getattr(model, "backbone", None)):
+        config = getattr(network, "pretrained_cfg", None)
+        if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
+            return tuple(config["mean"]), tuple(config["std"])
     return scenes.MEAN, scenes.STD
 
 
@@ -139,7 +148,7 @@ def _factory(source: Source, trust_python: bool) -> Factory:
     makers = {
         "timm": _timm_factory,
         "torchvision": _torchvision_factory,
-        "pacswap": _demonstration_factory,
+        "pacswap": _own_factory,
     }
     if source.library == "python":
         return _python_factory(source, trust_python)
@@ -207,7 +216,7 @@ def _timm_factory(source: Source) -> Factory:
         except _FETCH_ERRORS as error:
             if weights is None:
                 raise
-            raise WeightsError(_cannot_fetch(source, weights, error)) from error
+            raise WeightsError(_cannot_fetch(source, f"'{weights}'", error)) from error
 
     return make
 
@@ -237,29 +246,41 @@ def _torchvision_factory(source: Source) -> Factory:
             asked = weights or args.get("weights_backbone")
             if asked is None:
                 raise
-            raise WeightsError(_cannot_fetch(source, str(asked), error)) from error
+            raise WeightsError(_cannot_fetch(source, f"'{asked}'", error)) from error
 
     return make
 
 
-def _demonstrations() -> dict[str, Callable[..., nn.Module]]:
+_OWN_WEIGHTS = {"scene_net": "quickstart.safetensors"}
+
+
+def _own_models() -> dict[str, Callable[..., nn.Module]]:
+    from pacswap.zoo.deeplab import DeepLabV3
     from pacswap.zoo.scene_net import SceneNet
 
-    return {"scene_net": SceneNet}
+    return {"deeplabv3": DeepLabV3, "scene_net": SceneNet}
 
 
-def _demonstration_factory(source: Source) -> Factory:
-    known = _demonstrations()
+def _own_factory(source: Source) -> Factory:
+    known = _own_models()
     if source.name not in known:
         raise ModelError(_unknown_model(source, sorted(known)))
     wanted = _tag(source)
+    if wanted is not None and source.name not in _OWN_WEIGHTS:
+        raise WeightsError(_no_weights(source))
     if wanted not in (None, "DEFAULT"):
         raise WeightsError(_unknown_tag(source, str(wanted), ["DEFAULT"]))
 
     def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
-        model = known[source.name](**args)
+        try:
+            model = known[source.name](**args)
+        except _FETCH_ERRORS as error:
+            if not args.get("pretrained"):
+                raise
+            backbone = f"of the backbone '{args.get('backbone', 'mobilenetv2_100')}'"
+            raise WeightsError(_cannot_fetch(source, backbone, error)) from error
         if weights is not None:
-            load_weights_file(model, shipped_folder() / "quickstart.safetensors")
+            load_weights_file(model, shipped_folder() / _OWN_WEIGHTS[source.name])
         return model
 
     return make
@@ -321,7 +342,7 @@ def _unknown_tag(source: Source, tag: str, known: list[str]) -> str:
 
 def _cannot_fetch(source: Source, weights: str, error: BaseException) -> str:
     return (
-        f"cannot get weights '{weights}' of {source.library} model '{source.name}': "
+        f"cannot get weights {weights} of {source.library} model '{source.name}': "
         f"{_in_words(error)}. Check the network, or put the file on this machine and "
         "set model.weights to its path, or to null for random weights."
     )

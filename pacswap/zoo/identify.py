@@ -40,7 +40,7 @@ def _candidates(model: nn.Module) -> Iterator[Source]:
         yield from _timm_candidates(model)
     elif origin == "torchvision":
         yield from _torchvision_candidates(model)
-    elif type(model).__module__.startswith("pacswap.zoo"):
+    elif type(model).__module__ == "pacswap.zoo.scene_net":
         classes = getattr(model, "num_classes", None)
         yield Source(
             "pacswap", "scene_net", None, {} if classes is None else {"num_classes": classes}
