@@ -48,8 +48,8 @@ def renew_heads(model: nn.Module, num_classes: int) -> list[str]:
     for name, conv in found.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, _with_outputs(conv, num_classes))
-    if hasattr(model, "num_classes"):
-        model.num_classes = num_classes
+    if "num_classes" in vars(model):
+        vars(model)["num_classes"] = num_classes
     return list(found)
 
 
