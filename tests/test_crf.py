@@ -16,7 +16,8 @@ from numerics import (
 from torch import Tensor
 
 from pacswap.nn import PacCRF, PairwiseKernel
-from pacswap.nn.pairwise import PairwiseTerm, reduced, restored
+from pacswap.nn.blur import reduced, restored
+from pacswap.nn.pairwise import PairwiseTerm
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 

@@ -277,6 +277,35 @@ def test_filter_at_blend_0_gives_the_input_itself(training):
     assert_equal(layer(input, torch.randn(1, 2, 6, 6)), input)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_blurred_filter_adds_the_change_of_the_smaller_image(steps):
+    """At even sizes, by torch's own pooling and interpolation."""
+    layer = PacFilter2d(3, 3, weights="full", steps=steps, blur=2, blend=0.7, dtype=torch.float64)
+    small = PacFilter2d(3, 3, weights="full", steps=steps, blend=0.7, dtype=torch.float64)
+    input, guidance = torch.randn(2, 3, 8, 10).double(), torch.randn(2, 2, 8, 10).double()
+    less, seen = F.avg_pool2d(input, 2), F.avg_pool2d(guidance, 2)
+    change = small(less, seen) - less
+    expected = input + F.interpolate(change, scale_factor=2, mode="bilinear")
+    assert_close64(layer(input, guidance).detach(), expected.detach())
+    small.blend.data.fill_(0.6)
+    change = small(less, seen) - less
+    other = input + F.interpolate(change, scale_factor=2, mode="bilinear")
+    with pytest.raises(AssertionError, match=DIFFERS):
+        assert_close64(layer(input, guidance).detach(), other.detach())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_gradient_of_a_blurred_filter_at_blend_0_is_that_next_to_it(steps):
+    input, guidance = torch.rand(1, 2, 9, 8).double(), torch.rand(1, 3, 9, 8).double()
+    gradients = []
+    for blend in (0.0, 1e-9):
+        layer = PacFilter2d(2, 3, blend=blend, blur=2, steps=steps, dtype=torch.float64)
+        layer(input, guidance).square().sum().backward()
+        gradients.append(layer.blend.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+    assert gradients[0].abs() > 1e-3
+
+
 POOLED = nn.MaxPool2d(2, return_indices=True)
 MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "pool_plain": (lambda: PacPool2d(2, plain="maximum"), "plain='maximum' is unknown. Nearest: 'max'."),
@@ -284,6 +313,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "pool_indices": (lambda: PacPool2d.from_pool(POOLED), "a pooling with return_indices=True has no pixel-adaptive twin."),
     "filter_weights": (lambda: PacFilter2d(3, weights="ful"), "weights='ful' is unknown. Nearest: 'full'."),
     "filter_steps": (lambda: PacFilter2d(3, steps=0), "steps must be an int of at least 1, got 0."),
+    "filter_blur": (lambda: PacFilter2d(3, blur=0), "blur must be an int of at least 1, got 0."),
     "filter_even": (lambda: PacFilter2d(3, (3, 4)), "kernel_size must be odd, got (3, 4): no tap is the centre."),
     "smoothing": (lambda: AdaptingKernel(3, smoothing="boxes"), "smoothing='boxes' is unknown. Nearest: 'box'."),
     "smoothing_size": (lambda: AdaptingKernel(3, smoothing="learned", smoothing_size=2), "a smoothing filter needs an odd size, got 2."),

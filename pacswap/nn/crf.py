@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError, nearest_hint, quoted
 from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.blur import reduced, restored
 from pacswap.nn.kernel import KernelOptions
-from pacswap.nn.pairwise import Factors, PairwiseKernel, PairwiseTerm, reduced, restored
+from pacswap.nn.pairwise import Factors, PairwiseKernel, PairwiseTerm
 from pacswap.ops.kernel import check_options
 
 if TYPE_CHECKING:

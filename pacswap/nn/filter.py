@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
 from pacswap.nn.adaptive import Adaptive
+from pacswap.nn.blur import reduced, restored
+from pacswap.nn.guidance import size_of
 from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Size2
 
@@ -35,6 +37,9 @@ class PacFilter2d(Adaptive, nn.Module):
             or `"full"`, a C×C matrix at every tap ([steps·C, C, KH, KW]), which can move mass
             between classes.
         steps: how often the filter is applied, each time with weights of its own and the same K.
+        blur: compute the change at a resolution so many times lower and bring it back bilinearly;
+            what is not changed keeps its full resolution. Taps are then `dilation·blur` pixels
+            apart, and the cost falls by blur².
         blend: where the learnable blend starts.
         device: of the parameters.
         dtype: of the parameters.
@@ -58,6 +63,7 @@ class PacFilter2d(Adaptive, nn.Module):
         dilation: Size2 = 1,
         weights: Literal["filter", "full"] = "filter",
         steps: int = 1,
+        blur: int = 1,
         blend: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,10 +76,13 @@ class PacFilter2d(Adaptive, nn.Module):
             )
         if type(steps) is not int or steps < 1:
             raise ShapeError(f"steps must be an int of at least 1, got {steps!r}.")
+        if type(blur) is not int or blur < 1:
+            raise ShapeError(f"blur must be an int of at least 1, got {blur!r}.")
         window = ops.guidance_window(kernel_size, dilation)
         if any(k % 2 == 0 for k in window.kernel_size):
             raise ShapeError(f"kernel_size must be odd, got {kernel_size!r}: no tap is the centre.")
         self.channels, self.weights, self.steps, self.window = channels, weights, steps, window
+        self.blur = blur
         self.weight = nn.Parameter(_ones(channels, window, weights, steps, device, dtype))
         kernel_options.setdefault("normalize", "sum")
         name, made = type(self).__name__, {"device": device, "dtype": dtype}
@@ -88,7 +97,7 @@ class PacFilter2d(Adaptive, nn.Module):
         Args:
             input: [B, C, H, W].
             guidance: f, [B, D, H, W].
-            kernel: K, [B, 1 or C, KH*KW, H, W], instead of `guidance`.
+            kernel: K, [B, 1 or C, KH*KW, ⌈H/blur⌉, ⌈W/blur⌉], instead of `guidance`.
 
         Returns:
             [B, C, H, W].
@@ -99,23 +108,44 @@ class PacFilter2d(Adaptive, nn.Module):
         """
         if not self.enabled:
             return input
-        kernel = self._kernel(guidance, kernel)
+        kernel = self._kernel(None if guidance is None else reduced(guidance, self.blur), kernel)
         if self._rests(kernel):
             return input
         kernel = kernel.to(input.dtype)
+        if self.blur == 1:
+            for weight in self.weight.chunk(self.steps):
+                input = self._toward(input, self._adapted(input, kernel, weight))
+            return input
+        small = reduced(input, self.blur)
+        change = restored(self._change(small, kernel), self.blur, size_of(input))
+        return self._toward(input, input + change) if self._is_plain() else input + change
+
+    def _change(self, small: Tensor, kernel: Tensor) -> Tensor:
+        """What all steps change; at blend 0, where they change nothing, what they would begin."""
+        weights = self.weight.chunk(self.steps)
+        if self._is_plain():
+            return sum(
+                (self._adapted(small, kernel, w) - small for w in weights), small.new_zeros(())
+            )
+        filtered = small
+        for weight in weights:
+            filtered = self._toward(filtered, self._adapted(filtered, kernel, weight))
+        return filtered - small
+
+    def _adapted(self, input: Tensor, kernel: Tensor, weight: Tensor) -> Tensor:
+        """One step of the joint bilateral filter, at blend 1."""
         groups = self.channels if self.weights == "filter" else 1
-        for weight in self.weight.to(input.dtype).chunk(self.steps):
-            filters = weight.expand(groups, -1, -1, -1) if self.weights == "filter" else weight
-            adapted = ops.convolve(input, kernel, filters, None, self.window, groups, "auto")
-            input = self._toward(input, adapted)
-        return input
+        filters = weight.to(input.dtype)
+        if self.weights == "filter":
+            filters = filters.expand(groups, -1, -1, -1)
+        return ops.convolve(input, kernel, filters, None, self.window, groups, "auto")
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         w = self.window
         return (
             f"{self.channels}, kernel_size={w.kernel_size}, dilation={w.dilation}, "
-            f"weights={self.weights!r}, steps={self.steps}"
+            f"weights={self.weights!r}, steps={self.steps}, blur={self.blur}"
         )
 
 

@@ -82,15 +82,19 @@ class Guidance(nn.Module):
         """Project each map at its own resolution, then resize and add.
 
         That is the projection of the concatenation, because both are linear, without 64 channels of
-        an early layer at the resolution of the image.
+        an early layer at the resolution of the image. A map of few channels (the image) is resized
+        before it is projected, which is less work.
         """
         assert self.project is not None
         total: Tensor | None = None
         start = 0
         for f in features:
+            few = f.shape[1] < self.project.out_channels
             weight = self.project.weight[:, start : start + f.shape[1]]
             start += f.shape[1]
-            part = F.conv2d(f.detach() if self.detach else f, weight)
+            part = f.detach() if self.detach else f
+            part = resize_guidance(part, features[0], "bilinear") if few else part
+            part = F.conv2d(part, weight)
             part = resize_guidance(part, features[0], "bilinear")
             total = part if total is None else total + part
         assert total is not None

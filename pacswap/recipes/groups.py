@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, Strict, Tag
 from pydantic_core import CoreSchema, core_schema
 
+from pacswap.recipes.layers import ChoosingField, LayersField, layers_spec
 from pacswap.recipes.sections import (
     LIST,
     MAPPING,
@@ -15,12 +16,9 @@ from pacswap.recipes.sections import (
     TEXT,
     Above0,
     Breach,
-    Pattern,
     Patterns,
     Positive,
     Section,
-    Size,
-    Text,
     forms,
     got,
     wrong,
@@ -35,8 +33,6 @@ from pacswap.surgery.spec import (
     Group,
     GuidanceSpec,
     KernelSpec,
-    LayerQuery,
-    Layers,
     Normalize,
     Operation,
     PairwiseSpec,
@@ -59,39 +55,6 @@ def _check_bandwidth(value: Any) -> Any:
     if value != "auto":
         raise wrong(f"expected a number above 0 or 'auto', got {got(value)}.")
     return value
-
-
-class LayerQuerySection(Section):
-    """Layers by their properties; a property left out matches everything."""
-
-    type: Text | None = Field(
-        default=LayerQuery.type, description="The class's name, such as Conv2d."
-    )
-    kernel_size: Size | None = Field(
-        default=LayerQuery.kernel_size, description="The kernel's size, one number or two."
-    )
-    stride: Size | None = Field(
-        default=LayerQuery.stride, description="The stride, one number or two."
-    )
-    dilation: Size | None = Field(
-        default=LayerQuery.dilation, description="The dilation, one number or two."
-    )
-    depthwise: bool | None = Field(
-        default=LayerQuery.depthwise, description="Only depthwise convolutions, or none of them."
-    )
-    name: Patterns | None = Field(
-        default=LayerQuery.name, description="Names, globs or re: patterns; one has to match."
-    )
-    last_of_stage: bool = Field(
-        default=LayerQuery.last_of_stage, description="Of each stage only the last that matches."
-    )
-    exclude: Patterns | None = Field(
-        default=LayerQuery.exclude, description="Names, globs or re: patterns to leave alone."
-    )
-
-    def to_spec(self) -> LayerQuery:
-        """The query as surgery takes it."""
-        return LayerQuery(**_fields(self))
 
 
 class GuidanceSection(Section):
@@ -224,12 +187,6 @@ class _ShortGuidance:
         )
 
 
-_Layer = Annotated[
-    Annotated[Pattern, Tag(TEXT)] | Annotated[LayerQuerySection, Tag(MAPPING)],
-    forms("text or a mapping"),
-]
-
-
 class FilterSection(Section):
     """The filter behind an interpolation that makes it a guided upsampling."""
 
@@ -245,6 +202,10 @@ class FilterSection(Section):
     steps: Positive = Field(
         default=FilterSpec.steps,
         description="How often it is applied, each time with weights of its own.",
+    )
+    blur: Positive = Field(
+        default=FilterSpec.blur,
+        description="The change is computed at a resolution so many times lower.",
     )
 
     def to_spec(self) -> FilterSpec:
@@ -329,12 +290,9 @@ class CRFSection(Section):
 class GroupSection(Section):
     """Layers that get the same treatment; what all four operations have in common."""
 
-    layers: Annotated[
-        Annotated[Pattern, Tag(TEXT)]
-        | Annotated[LayerQuerySection, Tag(MAPPING)]
-        | Annotated[tuple[_Layer, ...], Strict(False), Field(min_length=1), Tag(LIST)],
-        forms("text, a mapping or a list of them"),
-    ] = Field(description="Which layers: names, globs, re: patterns or their properties.")
+    layers: LayersField = Field(
+        description="Which layers: names, globs, re: patterns or their properties."
+    )
     guidance: Annotated[GuidanceSection, _ShortGuidance()] = Field(
         description="What feeds the adapting kernels: its name, names, or a mapping with from."
     )
@@ -348,12 +306,8 @@ class GroupSection(Section):
 
     def to_group(self, operation: Operation) -> Group:
         """The group as surgery takes it."""
-        layers: Layers
-        if isinstance(self.layers, tuple):
-            layers = tuple(_layer(layer) for layer in self.layers)
-        else:
-            layers = _layer(self.layers)
-        guidance, kernel = self.guidance.to_spec(), self.kernel.to_spec()
+        layers, guidance = layers_spec(self.layers), self.guidance.to_spec()
+        kernel = self.kernel.to_spec()
         return Group(layers, guidance, kernel, self.override, operation, **self.to_options())
 
     def to_options(self) -> dict[str, Any]:
@@ -361,11 +315,20 @@ class GroupSection(Section):
         return {}
 
 
-class SwapSection(GroupSection):
+class _ChoosingSection(GroupSection):
+    """A group whose layers a probe may choose."""
+
+    layers: ChoosingField = Field(
+        description="Which layers: names, globs, re: patterns or their properties, or auto, by "
+        "which a probe of the data chooses them."
+    )
+
+
+class SwapSection(_ChoosingSection):
     """Convolutions that become pixel-adaptive."""
 
 
-class PoolSection(GroupSection):
+class PoolSection(_ChoosingSection):
     """Pooling layers that become pixel-adaptive."""
 
 
@@ -393,7 +356,3 @@ class AppendSection(GroupSection):
 
 def _fields(section: Section) -> dict[str, Any]:
     return {name: getattr(section, name) for name in type(section).model_fields}
-
-
-def _layer(layer: str | LayerQuerySection) -> str | LayerQuery:
-    return layer if isinstance(layer, str) else layer.to_spec()

@@ -12,6 +12,7 @@ from pacswap.nn import Adaptive, PacCRF, PacFilter2d
 from pacswap.surgery.cost import layer_macs, layer_numbers
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
+from pacswap.surgery.runtime import blurred_size
 from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
 from pacswap.surgery.targets import Target, in_words, is_inserted
@@ -70,6 +71,8 @@ class Assembly:
         filtered = {channels} if inserted else self._channels(scope, probe, claim.name)
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
+        if isinstance(module, PacFilter2d):
+            size = blurred_size(size, module.blur)
         self._check_reach(claim, group, module, size)
         kernels, added = self._kernels(claim, group, place, guidance, module, size)
         self.layers.append(
@@ -113,7 +116,7 @@ class Assembly:
             if not isinstance(module, PacCRF):
                 geometry = (kernel.window, getattr(kernel, "transposed", None))
                 wide = tuple(p.shape for p in kernel.parameters())
-                sizes = self.sizes[claim.name]
+                sizes = (self.sizes[claim.name], size)
                 key = (guidance, spec, type(kernel), geometry, wide, sizes)
             if key not in self._shared:
                 self._shared[key] = len(self.kernels)

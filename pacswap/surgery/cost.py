@@ -79,7 +79,8 @@ def layer_numbers(module: Adaptive, channels: int, size: tuple[int, int]) -> int
     """Activations that an inserted layer keeps, beside its kernels'; none for a replaced one."""
     pixels = channels * size[0] * size[1]
     if isinstance(module, PacFilter2d):
-        return 2 * module.steps * pixels  # what is adapted and what is given on
+        # What is adapted and what is given on, and the image that the change is added to.
+        return (2 * module.steps + (module.blur**2 if module.blur > 1 else 0)) * pixels
     if isinstance(module, PacCRF):
         return module.steps * (2 + len(module.terms)) * pixels  # beliefs, messages, log Q
     return 0

@@ -76,6 +76,7 @@ def check_filter(spec: FilterSpec, where: str, faults: list[str]) -> None:
     check_odd(f"{where}.kernel_size", spec.kernel_size, faults, least=3)
     check_whole(f"{where}.dilation", spec.dilation, faults)
     check_whole(f"{where}.steps", spec.steps, faults)
+    check_whole(f"{where}.blur", spec.blur, faults)
     check_word(f"{where}.weights", spec.weights, get_args(FilterWeights), faults)
 
 

@@ -64,6 +64,7 @@ def adaptive_module(
             dilation=spec.dilation,
             weights=spec.weights,
             steps=spec.steps,
+            blur=spec.blur,
             **made,
             **options,
         )

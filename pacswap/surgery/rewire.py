@@ -11,6 +11,7 @@ from pacswap.nn import resize_guidance
 from pacswap.surgery.plan import Plan, PlannedLayer, PlannedScope
 from pacswap.surgery.program import Program
 from pacswap.surgery.runtime import (
+    blurred_size,
     fitting_features,
     fitting_kernel,
     not_checkpointed,
@@ -18,6 +19,7 @@ from pacswap.surgery.runtime import (
     same_mode,
     target_size,
 )
+from pacswap.surgery.spec import FilterSpec
 from pacswap.surgery.trace import INPUT_SIZE, OUTPUT_SIZE, Trace
 from pacswap.surgery.wiring import source_node
 
@@ -150,7 +152,12 @@ class _Wiring:
                 resized = self._at_resolution(guidance, size, how)
                 new = self.graph.create_node("call_module", target, (value, resized), {})
             else:
-                kernel = self.kernel(layer.kernel, size, value)
+                blur = (self.plan.groups[layer.group].filter or FilterSpec()).blur
+                like = value
+                if blur > 1:
+                    size = blurred_size(size, blur)
+                    like = self.graph.call_function(blurred_size, (value, blur))
+                kernel = self.kernel(layer.kernel, size, like)
                 new = self.graph.create_node("call_module", target, (value,), {"kernel": kernel})
         for user in users:
             user.replace_input_with(value, new)

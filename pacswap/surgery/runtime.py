@@ -82,6 +82,17 @@ def target_size(
     return output_size(input.shape[-2], input.shape[-1])
 
 
+def blurred_size(like: Like, blur: int) -> tuple[int, int]:
+    """(⌈H/blur⌉, ⌈W/blur⌉): the resolution of a filter that works on a smaller image.
+
+    Args:
+        like: [B, C, H, W] or (H, W).
+        blur: at least 1.
+    """
+    height, width = size_of(like)
+    return (height + blur - 1) // blur, (width + blur - 1) // blur
+
+
 def fitting_features(resized: Tensor | None, features: Tensor, like: Like, resize: Resize) -> Any:
     """The features as they were resized for another layer, or anew for one of another resolution.
 

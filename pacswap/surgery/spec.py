@@ -115,12 +115,14 @@ class FilterSpec:
         weights: `filter`, one spatial filter for all channels, or `full`, a C×C matrix at every
             tap.
         steps: how often it is applied, each time with weights of its own and the same kernel.
+        blur: the change is computed at a resolution so many times lower.
     """
 
     kernel_size: int = 5
     dilation: int = 2
     weights: FilterWeights = "filter"
     steps: int = 1
+    blur: int = 1
 
 
 @dataclass(frozen=True)

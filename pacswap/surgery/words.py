@@ -129,7 +129,7 @@ def _options_in_words(plan: Plan, group: Group) -> list[tuple[str, str]]:
         spec = group.filter or FilterSpec()
         what = "one spatial filter" if spec.weights == "filter" else "a C×C matrix at every tap"
         steps = f", {spec.steps} steps" if spec.steps > 1 else ""
-        return [("filter", f"{_size(spec.kernel_size, spec.dilation, 1)}, {what}{steps}")]
+        return [("filter", f"{_size(spec.kernel_size, spec.dilation, spec.blur)}, {what}{steps}")]
     crf = group.crf or CRFSpec()
     own = "" if crf.shared_steps else " with weights of their own"
     lines = [("CRF", f"{crf.steps} mean-field steps{own}")]

@@ -1,0 +1,53 @@
+"""Lower resolutions, at which a message or a correction is cheap, and back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reduced(image: Tensor, factor: int) -> Tensor:
+    """Average pooling by `factor`; what hangs over at the border averages the image's own pixels.
+
+    Args:
+        image: [B, C, H, W].
+        factor: 1 leaves the image as it is.
+
+    Returns:
+        [B, C, ⌈H/factor⌉, ⌈W/factor⌉].
+    """
+    if factor == 1:
+        return image
+    H, W = image.shape[-2:]
+    top, bottom = _overhang(H, factor)
+    left, right = _overhang(W, factor)
+    border = (left, right, top, bottom)
+    inside = F.avg_pool2d(F.pad(image.new_ones(1, 1, H, W), border), factor)
+    return F.avg_pool2d(F.pad(image, border), factor) / inside
+
+
+def restored(message: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of what `reduced` made small, back to (H, W).
+
+    Args:
+        message: [B, C, h, w].
+        factor: as for `reduced`.
+        size: (H, W).
+
+    Returns:
+        [B, C, H, W].
+    """
+    if factor == 1:
+        return message
+    large = (message.shape[-2] * factor, message.shape[-1] * factor)
+    message = F.interpolate(message, size=large, mode="bilinear", align_corners=False)
+    top, bottom = _overhang(size[0], factor)
+    left, right = _overhang(size[1], factor)
+    # Not a slice: with one, torch.export remembers whether the example's sizes divide.
+    return F.pad(message, (-left, -right, -top, -bottom))
+
+
+def _overhang(length: int, factor: int) -> tuple[int, int]:
+    """(before, after): the pixels by which a length falls short of a multiple of the factor."""
+    lacking = (length + factor - 1) // factor * factor - length
+    return (lacking + 1) // 2, lacking // 2
