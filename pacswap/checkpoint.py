@@ -44,7 +44,8 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
-REPORTS = ("report.json", "report.md")
+CLASSES = "classes.json"
+REPORTS = ("report.json", "report.md", CLASSES)
 
 
 def save(

@@ -91,7 +91,7 @@ def apply(
     if output is not None:
         refuse_existing(Path(output), overwrite=overwrite)
     progress(STEPS[0])
-    original = _built(loaded, trust_python)
+    original = built(loaded, trust_python)
     progress(STEPS[1])
     plan = planned(loaded, original)
     progress(STEPS[2])
@@ -104,7 +104,7 @@ def apply(
     verification = verify(original, upgraded, images[:2], guidance=extra)
     verification.raise_if_failed()
     progress(STEPS[5])
-    latency = measure_latency(original, _adaptive(upgraded), images[:1], guidance=extra)
+    latency = measure_latency(original, half_blended(upgraded), images[:1], guidance=extra)
     report = Report(
         str(loaded.path),
         loaded.recipe.model.name,
@@ -196,15 +196,35 @@ def calibration_images(loaded: LoadedRecipe, model: nn.Module, plan: Plan) -> Te
     return images.to(parameter)
 
 
-def _built(loaded: LoadedRecipe, trust_python: bool) -> nn.Module:
-    """The recipe's network; random weights are the same each time."""
+def built(loaded: LoadedRecipe, trust_python: bool = False, *, seed: int = 0) -> nn.Module:
+    """The recipe's network; what is random in it is the same each time.
+
+    Args:
+        loaded: a recipe.
+        trust_python: allow `library: python`, which runs the code that the recipe names.
+        seed: of random weights.
+
+    Raises:
+        ModelError: the network cannot be built.
+        WeightsError: its weights cannot be had.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         source = source_of(loaded.recipe)
-        # A path typed on the command line starts where the user is, one in the file at the file.
-        typed = loaded.where(("model", "weights")).startswith("override ")
-        folder = Path() if typed else loaded.path.parent
+        folder = folder_of(loaded, ("model", "weights"))
         return build(source, folder=folder, trust_python=trust_python)
+
+
+def folder_of(loaded: LoadedRecipe, path: tuple[str, ...]) -> Path:
+    """Where a relative path in a recipe starts.
+
+    One that was typed on the command line starts where the user is, one in the file at the file.
+
+    Args:
+        loaded: a recipe.
+        path: of the key, such as `("model", "weights")`.
+    """
+    return Path() if loaded.where(path).startswith("override ") else loaded.path.parent
 
 
 def _read_images(
@@ -244,7 +264,7 @@ def _external_guidance(plan: Plan, images: Tensor) -> Tensor | None:
     return torch.randn(2, 8, *images.shape[2:], generator=generator).to(images)
 
 
-def _adaptive(upgraded: nn.Module) -> nn.Module:
+def half_blended(upgraded: nn.Module) -> nn.Module:
     """A copy with every blend at 0.5, which takes the path that a trained network takes."""
     twin = copy.deepcopy(upgraded)
     with torch.no_grad():

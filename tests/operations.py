@@ -304,11 +304,6 @@ TINY: Mapping[str, Case] = {
     "pool_twice": _case(lambda: Pooled(nn.MaxPool2d(2), 2), group("pool", "pool", "stem")),
     "overwritten": _case(Overwritten, group("upsample", "interpolate", "stem", filter=FULL)),
     "blurred": _case(Overwritten, group("upsample", "interpolate", "stem", filter=BLUR)),
-    "blurred_beside": _case(
-        TwoSteps,
-        group("upsample", "interpolate", "stem", filter=BLUR),
-        group("upsample", "interpolate_1", "stem", filter=FULL),
-    ),
     "overwritten_itself": _case(Overwritten, group("upsample", "interpolate", "interpolate")),
     "used_twice": _case(UsedTwice, group("upsample", "interpolate")),
     "two_steps": _case(TwoSteps, group("upsample", "interpolate*", "stem")),

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "nn": {"ops", "errors"},
     "surgery": {"nn", "ops", "scenes", "errors"},
     "zoo": {"scenes", "shipped", "errors"},
+    "viz": {"zoo", "surgery", "ops", "errors"},
     "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
     "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "errors"},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
         "scenes",
         "errors",
     },
-    "cli": {"train", "upgrade", "report", "recipes", "zoo", "surgery", "errors"},
+    "cli": {"train", "viz", "upgrade", "report", "recipes", "zoo", "surgery", "errors"},
     "__main__": {"cli"},
     # `import pacswap` itself; checkpoint and upgrade only when they are first asked for.
     "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "upgrade"},
@@ -63,6 +64,7 @@ PUBLIC = {
         explain guidance_window insert_zeros inserted_mask make_window masked output_mask
         pac_conv2d pac_conv_transpose2d pac_pool2d smoothing_filter standardized
         tap_distance transposed_window turned valid_taps""",
+    "pacswap.viz": """adaptation_map guidance_image heat_image kernel_images look_into show""",
     "pacswap.zoo": """Source bare build identify input_size load_weights_file model_names
         normalization read_state_dict why_not_twin""",
     "pacswap.surgery": """Check Group GuidanceSpec KernelSpec LayerInfo LayerQuery Plan Verification
@@ -111,13 +113,19 @@ def wrong_ways(room: str, source: str, file: str) -> list[str]:
     return found
 
 
+# What the libraries have beside models, and training may use.
+TOOLS = {
+    "timm": ("optim", "scheduler", "layers"),
+    "torchvision": ("transforms", "datasets", "tv_tensors"),
+}
+
+
 def forbidden_libraries(room: str, source: str, file: str) -> list[str]:
-    """Imports of the model libraries outside the zoo."""
+    """Imports of the libraries' models outside the zoo."""
     found = []
     for name, line in imports(source):
         first, _, rest = name.partition(".")
-        models = first == "torchvision" and rest.partition(".")[0] in ("", "models")
-        if room != "zoo" and (first == "timm" or models):
+        if room != "zoo" and first in TOOLS and rest.partition(".")[0] not in TOOLS[first]:
             found.append(f"{file}:{line}: {room} imports {name}")
     return found
 

@@ -9,7 +9,8 @@ from typing import NoReturn, cast
 
 import typer
 
-from pacswap.cli import recipes as _recipes  # noqa: F401  its commands register themselves
+from pacswap.cli import recipes as _recipes  # noqa: F401  these register their commands
+from pacswap.cli import training as _training  # noqa: F401
 from pacswap.cli.base import app
 from pacswap.errors import PacswapError
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacswap.ops import taps
+from pacswap.ops import narrow, taps
 from pacswap.ops.measure import DERIVATIVE, PHI, Measure
 from pacswap.ops.precision import compute_dtype, differentiable_vjp
 from pacswap.ops.window import Window
@@ -110,6 +110,9 @@ class _PacConv2d(torch.autograd.Function):
         size = window.output_size(input.shape[-2], input.shape[-1])
         wide = compute_dtype(input.dtype)
         image = window.padded(input)
+        if narrow.fits(input.shape[1], groups):
+            made = narrow.pac_conv2d(image.to(wide), kernel.to(wide), weight.to(wide), window, size)
+            return _formatted(made, like=image, filter=weight)
         padded = _channels_last(image, wide)  # [B, H', W', C_in]
         factors = _factors(kernel, wide)  # [KH*KW, B, H_out, W_out, 1 or C_in]
         filters = _filters(weight.to(wide), groups)  # [KH*KW, G, C_in/G, C_out/G]
@@ -119,7 +122,7 @@ class _PacConv2d(torch.autograd.Function):
         for t, (rows, columns) in enumerate(window.slices(size)):
             torch.mul(padded[:, rows, columns], factors[t], out=seen)
             _add_product(output, seen, filters[t])
-        return _channels_first(output, like=image, filter=weight)
+        return _formatted(output.permute(0, 3, 1, 2), like=image, filter=weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,6 +189,15 @@ def _gradients(
     wide = compute_dtype(input.dtype)
     size = (grad.shape[-2], grad.shape[-1])
     image = window.padded(input)
+    if narrow.fits(input.shape[1], groups):
+        found = narrow.gradients(
+            image.to(wide), kernel.to(wide), weight.to(wide), grad.to(wide), window, needed
+        )
+        return [
+            None if found[0] is None else _unpadded(found[0], input, window),
+            None if found[1] is None else found[1].to(kernel.dtype),
+            None if found[2] is None else found[2].to(weight.dtype),
+        ]
     padded = _channels_last(image, wide)
     factors = _factors(kernel, wide)
     filters = _filters(weight.to(wide), groups)
@@ -207,7 +219,7 @@ def _gradients(
         if grad_padded is not None:
             grad_padded[:, rows, columns] += pulled.mul_(factors[t])
     return [
-        None if grad_padded is None else _unpadded(grad_padded, input, window),
+        None if grad_padded is None else _unpadded(grad_padded.permute(0, 3, 1, 2), input, window),
         None if grad_factors is None else grad_factors.permute(1, 4, 0, 2, 3).to(kernel.dtype),
         None if grad_filters is None else _weight_layout(grad_filters, weight),
     ]
@@ -257,15 +269,16 @@ def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
-def _channels_first(x: Tensor, *, like: Tensor, filter: Tensor) -> Tensor:
-    """[B, H, W, C] to [B, C, H, W] in the memory format that `F.conv2d` gives its output."""
-    output = x.permute(0, 3, 1, 2).to(like.dtype)
+def _formatted(output: Tensor, *, like: Tensor, filter: Tensor) -> Tensor:
+    """[B, C, H, W] in the dtype and the memory format that `F.conv2d` gives its output."""
     last = any(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
         for t in (like, filter)
     )
     # Models that call `.view` on a convolution's output rely on this.
-    return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return output.to(like.dtype).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
 
 
 def _factors(kernel: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,9 +297,8 @@ def _weight_layout(filters: Tensor, weight: Tensor) -> Tensor:
     return filters.permute(1, 3, 2, 0).reshape(weight.shape).to(weight.dtype)
 
 
-def _unpadded(grad_padded: Tensor, input: Tensor, window: Window) -> Tensor:
-    """The gradient of the image from that of the image with its border."""
-    grad = grad_padded.permute(0, 3, 1, 2)
+def _unpadded(grad: Tensor, input: Tensor, window: Window) -> Tensor:
+    """The gradient of the image from that of the image with its border, [B, C, H', W']."""
     left, _, top, _ = window.pad
     # A transposed convolution that cuts more than its reach has a negative border.
     if min(window.pad) >= 0 and (window.padding_mode == "zeros" or not any(window.pad)):

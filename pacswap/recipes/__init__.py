@@ -17,11 +17,17 @@ from pacswap.recipes.groups import (
     GroupSection,
     GuidanceSection,
     KernelSection,
-    LayerQuerySection,
     PairwiseSection,
     PoolSection,
     SwapSection,
     UpsampleSection,
+)
+from pacswap.recipes.layers import (
+    AutoSection,
+    ChoosingQuerySection,
+    LayerQuerySection,
+    auto_of,
+    refuse_auto,
 )
 from pacswap.recipes.library import copy_recipe, find_recipe, shipped_recipes, summary
 from pacswap.recipes.loader import LoadedRecipe, load_recipe
@@ -38,9 +44,11 @@ from pacswap.recipes.schema import (
 __all__ = [
     "OPERATIONS",
     "AppendSection",
+    "AutoSection",
     "CRFSection",
     "CalibrationSection",
     "CheckpointSection",
+    "ChoosingQuerySection",
     "ControlSection",
     "DataSection",
     "EvaluateSection",
@@ -61,12 +69,14 @@ __all__ = [
     "SwapSection",
     "TransformSection",
     "UpsampleSection",
+    "auto_of",
     "copy_recipe",
     "dump_recipe",
     "find_recipe",
     "load_recipe",
     "recipe_data",
     "recipe_schema",
+    "refuse_auto",
     "shipped_recipes",
     "summary",
 ]

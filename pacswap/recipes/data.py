@@ -32,6 +32,10 @@ _Colour = Annotated[
 ]
 
 
+# The formats that look at these keys; the others know where their files lie and what they mean.
+_ONLY_WITH = {"images": ("folder", "coco"), "masks": ("folder",), "palette": ("folder",)}
+
+
 def _check_scale(scale: tuple[float, float]) -> tuple[float, float]:
     if scale[0] > scale[1]:
         raise wrong(f"expected the smaller one first, got {scale[0]} and {scale[1]}.")
@@ -67,16 +71,24 @@ class DataSection(Section):
     )
     train: Text | None = Field(
         default=None,
-        description="The split to learn from: its name or a file that lists it; null is the "
-        "format's own.",
+        description="The split to learn from: its name or a file that lists it, in root or beside "
+        "the recipe; null is the format's own, of a folder train.txt or the subfolder train.",
     )
     val: Text | None = Field(
         default=None,
-        description="The split to measure on: its name or a file that lists it; null is the "
-        "format's own.",
+        description="The split to measure on: its name or a file that lists it, in root or beside "
+        "the recipe; null is the format's own, of a folder val.txt or the subfolder val.",
     )
-    images: Text | None = Field(default=None, description="The subfolder of the pictures.")
-    masks: Text | None = Field(default=None, description="The subfolder of the label masks.")
+    images: Text | None = Field(
+        default=None,
+        description="The subfolder of the pictures; null is images. {split} in it stands for the "
+        "split's name: that of its list without the ending, and where there is no such folder, "
+        "without what follows a '_' (train_half.txt: train_half, then train).",
+    )
+    masks: Text | None = Field(
+        default=None,
+        description="The subfolder of the label masks, which may hold {split}; null is masks.",
+    )
     classes: (
         Annotated[
             Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), Tag(LIST)]
@@ -87,14 +99,14 @@ class DataSection(Section):
         | None
     ) = Field(
         default=None,
-        description="The classes' names, a file with one per line, or how many; null is the "
-        "format's own.",
+        description="The classes' names, a file (one per line, or JSON with classes and perhaps "
+        "palette) or how many; null is the format's own.",
     )
     ignore_index: int = Field(default=255, description="The label of pixels that do not count.")
     palette: Annotated[tuple[_Colour, ...], Strict(False), Field(min_length=1)] | None = Field(
         default=None,
-        description="Where masks are colour pictures: red, green and blue of each class; any other "
-        "colour does not count.",
+        description="Where masks are colours or greys: red, green and blue of each class; any "
+        "other colour does not count.",
     )
     resize: Pair | None = Field(
         default=None,
@@ -133,6 +145,14 @@ class DataSection(Section):
                 ("root",),
                 f"expected none for scenes, which are drawn, got {got(root)}. Remove the key.",
             )
+        for key, formats in _ONLY_WITH.items():
+            if raw.get(key) is not None and isinstance(style, str) and style not in formats:
+                text = f"expected only with format: {' or '.join(formats)}, got {got(raw[key])}."
+                yield Breach((key,), f"{text} Remove the key.")
+        for key in ("train", "val"):
+            if style == "scenes" and raw.get(key) is not None:
+                text = f"expected none for scenes, which are drawn, got {got(raw[key])}."
+                yield Breach((key,), f"{text} Remove the key.")
         if isinstance(style, str) and style != "scenes" and root is None:
             text = f"missing key. Expected: the folder of the {got(style)} data."
             yield Breach(("root",), text, MISSING_KEY)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, Strict, Tag
 from pydantic_core import CoreSchema, core_schema
 
-from pacswap.recipes.layers import ChoosingField, LayersField, layers_spec
+from pacswap.recipes.layers import LayersField, layers_spec
 from pacswap.recipes.sections import (
     LIST,
     MAPPING,
@@ -291,7 +291,8 @@ class GroupSection(Section):
     """Layers that get the same treatment; what all four operations have in common."""
 
     layers: LayersField = Field(
-        description="Which layers: names, globs, re: patterns or their properties."
+        description="Which layers: names, globs, re: patterns or their properties, or auto, by "
+        "which a probe of the data chooses them."
     )
     guidance: Annotated[GuidanceSection, _ShortGuidance()] = Field(
         description="What feeds the adapting kernels: its name, names, or a mapping with from."
@@ -315,20 +316,11 @@ class GroupSection(Section):
         return {}
 
 
-class _ChoosingSection(GroupSection):
-    """A group whose layers a probe may choose."""
-
-    layers: ChoosingField = Field(
-        description="Which layers: names, globs, re: patterns or their properties, or auto, by "
-        "which a probe of the data chooses them."
-    )
-
-
-class SwapSection(_ChoosingSection):
+class SwapSection(GroupSection):
     """Convolutions that become pixel-adaptive."""
 
 
-class PoolSection(_ChoosingSection):
+class PoolSection(GroupSection):
     """Pooling layers that become pixel-adaptive."""
 
 

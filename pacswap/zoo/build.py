@@ -81,7 +81,7 @@ def build(
     if meta:
         model = _on_meta(factory, bare(source))
     elif weights is not None and weights.endswith(FILE_SUFFIXES):
-        model = _made(factory, source, None)
+        model = _made(factory, bare(source), None)  # its file has the backbone's weights too
         load_weights_file(model, (folder or Path()) / weights)
     else:
         model = _made(factory, source, weights)

@@ -1,0 +1,105 @@
+"""The networks of a comparison: upgraded, untouched, and upgraded with nothing that adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pacswap.errors import PlanError, TrainingError
+from pacswap.recipes import LoadedRecipe, Recipe
+from pacswap.surgery import Group, KernelSpec, Plan, calibrate, plan_groups, rewrite
+from pacswap.train.groups import Roles, roles_of
+from pacswap.train.outputs import logits_of
+from pacswap.train.summary import CAPACITY, CONTROL, UPGRADED
+from pacswap.upgrade import planned
+
+# Where each arm's trainings lie in the folder of a run.
+FOLDERS = {UPGRADED: "upgraded", CONTROL: "control", CAPACITY: "capacity"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network that is ready to be trained.
+
+    Attributes:
+        name: `UPGRADED`, `CONTROL` or `CAPACITY`.
+        model: the network.
+        roles: of its parameters.
+        plan: what was done to it; None for the control.
+    """
+
+    name: str
+    model: nn.Module
+    roles: Roles
+    plan: Plan | None
+
+
+def make_arm(name: str, loaded: LoadedRecipe, original: nn.Module, images: Tensor) -> Arm | None:
+    """Make the network of an arm.
+
+    Args:
+        name: of the arm.
+        loaded: the recipe.
+        original: its network, untouched; the control is this very one. Arms that are to be compared
+            need originals with the same weights, those of a new head too.
+        images: [B, 3, H, W], normalised: what bandwidths are set on.
+
+    Returns:
+        The arm; None for a capacity control in which nothing would be added.
+
+    Raises:
+        RecipeError: the recipe asks for what the network cannot give.
+    """
+    plan = planned(loaded, original)
+    if name == CONTROL:
+        upgraded = roles_of(rewrite(original, plan), plan)
+        return Arm(name, original, roles_of(original, None, swapped=upgraded.swapped), None)
+    if name == CAPACITY:
+        found = _constant(original, plan)
+        if found is None:
+            return None
+        plan = found
+    model = rewrite(original, plan)
+    calibrate(model, plan, images)
+    return Arm(name, model, roles_of(model, plan), plan)
+
+
+def _constant(original: nn.Module, plan: Plan) -> Plan | None:
+    """The plan with every kernel held constant; without groups that add nothing then."""
+    example = torch.empty(plan.input_shape, device="meta")
+    kept: list[Group] = []
+    for group in plan.record().groups:
+        asked = group.kernel
+        kernel = KernelSpec(form="constant", normalize=asked.normalize, blend=asked.blend)
+        held = replace(group, kernel=kernel)
+        try:
+            plan_groups(original, (held,), example)
+        except PlanError:  # its constant kernel leaves the plain layer, in which nothing can learn
+            continue
+        kept.append(held)
+    return plan_groups(original, tuple(kept), example) if kept else None
+
+
+def check_classes(model: Callable[..., Any], recipe: Recipe, images: Tensor, classes: int) -> None:
+    """See that a network gives logits of as many classes as the data has.
+
+    Args:
+        model: the network, in eval mode.
+        recipe: for the message.
+        images: [B, 3, H, W], normalised.
+        classes: of the data.
+
+    Raises:
+        TrainingError: it gives something else.
+    """
+    with torch.inference_mode():
+        logits = logits_of(model(images))
+    if logits.shape[1] != classes:
+        raise TrainingError(
+            f"{recipe.model.name} gives {logits.shape[1]} classes and the data has {classes}. Give "
+            f"it a new head: model.num_classes={classes}, or mend finetune.data.classes."
+        )
