@@ -20,9 +20,9 @@ from pacswap.errors import DataError, TrainingError
 from pacswap.recipes import DataSection, TransformSection
 from pacswap.scenes import MEAN, STD, draw_scene
 from pacswap.scenes import normalize as normalize_scene
-from pacswap.train.batches import Batch, Batches, normalized
-from pacswap.train.batches_vary import Vary
-from pacswap.train.data import Split, open_data
+from pacswap.train.data.batches import Batch, Batches, normalized
+from pacswap.train.data.split import Split, open_data
+from pacswap.train.data.vary import Vary
 
 ALL = TransformSection(scale=(0.5, 1.5), crop=(32, 40), flip=0.5, color=0.4)
 PLAIN = TransformSection()

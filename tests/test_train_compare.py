@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pacswap.errors import DataError
-from pacswap.train.compare import Comparison, Difference, compare, points, span
-from pacswap.train.metrics import MEASURES, Scores, scores_of
-from pacswap.train.statistics import (
+from pacswap.train.measure.compare import Comparison, Difference, compare, points, span
+from pacswap.train.measure.metrics import MEASURES, Scores, scores_of
+from pacswap.train.measure.statistics import (
     Interval,
     percentile_interval,
     resampled,

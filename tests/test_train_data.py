@@ -18,9 +18,9 @@ from train_data import opened, write_folder
 from pacswap.errors import DataError
 from pacswap.recipes import DataSection
 from pacswap.scenes import CLASSES, draw_scene
-from pacswap.train.data import open_data, picture_and_mask_at
-from pacswap.train.data_labels import distinct_colours
-from pacswap.train.scan import scan
+from pacswap.train.data.labels import distinct_colours
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import open_data, picture_and_mask_at
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 MEANT = (

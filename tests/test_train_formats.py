@@ -15,8 +15,8 @@ from train_data import opened, refused
 
 from pacswap.errors import DataError
 from pacswap.scenes import CLASSES
-from pacswap.train.data import Split
-from pacswap.train.scan import scan
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import Split
 
 
 def names(split: Split) -> list[str]:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pacswap.errors import DataError
 from pacswap.recipes import DataSection
-from pacswap.train.data import Split, open_data
-from pacswap.train.scan import scan
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import Split, open_data
 
 H, W = 12, 20
 

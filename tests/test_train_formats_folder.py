@@ -16,8 +16,8 @@ from train_data import opened, refused, write_folder
 
 from pacswap.recipes import DataSection
 from pacswap.scenes import CLASSES, draw_scene
-from pacswap.train.data import Split, open_data
-from pacswap.train.scan import scan
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import Split, open_data
 
 
 @pytest.fixture

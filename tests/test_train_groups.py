@@ -15,14 +15,14 @@ import pacswap
 from pacswap.errors import TrainingError, nearest_hint
 from pacswap.recipes import OptimizerSection, StageSection
 from pacswap.surgery import plan_of
-from pacswap.train.groups import (
+from pacswap.train.engine.groups import (
     ParameterGroup,
     Roles,
     groups_of_stages,
     parameter_groups,
     roles_of,
 )
-from pacswap.train.optimizers import make_optimizer
+from pacswap.train.engine.optimizers import make_optimizer
 
 ADDED = {
     "body.0.blend",

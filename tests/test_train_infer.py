@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pacswap.errors import TrainingError
 from pacswap.recipes import EvaluateSection
-from pacswap.train.infer import _places, evaluate, normalized, predict, share
-from pacswap.train.metrics import Scores, count
+from pacswap.train.measure.infer import _places, evaluate, normalized, predict, share
+from pacswap.train.measure.metrics import Scores, count
 from tests.numerics import DIFFERS, assert_close64, assert_equal
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

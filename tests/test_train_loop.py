@@ -24,10 +24,10 @@ from train_jobs import (
 )
 
 from pacswap.surgery import plan_of
-from pacswap.train.device import is_batch_norm, seed_step, synchronised
-from pacswap.train.events import Evaluated, StageBegun, StepDone
-from pacswap.train.groups import roles_of
-from pacswap.train.loop import train
+from pacswap.train.engine.device import is_batch_norm, seed_step, synchronised
+from pacswap.train.engine.events import Evaluated, StageBegun, StepDone
+from pacswap.train.engine.groups import roles_of
+from pacswap.train.engine.loop import train
 
 STATISTICS = {
     f"{place}.{name}"

@@ -26,12 +26,12 @@ from train_jobs import (
 )
 
 from pacswap.errors import DataError, TrainingError
-from pacswap.train import device
-from pacswap.train.device import Interrupts
-from pacswap.train.events import Event, Note, StepDone
-from pacswap.train.groups import roles_of
-from pacswap.train.loop import Job, train
-from pacswap.train.state import Checkpoints
+from pacswap.train.engine import device
+from pacswap.train.engine.device import Interrupts
+from pacswap.train.engine.events import Event, Note, StepDone
+from pacswap.train.engine.groups import roles_of
+from pacswap.train.engine.loop import Job, train
+from pacswap.train.engine.state import Checkpoints
 
 
 def test_a_folder_that_holds_a_run(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pacswap.errors import TrainingError
 from pacswap.recipes import LossSection
-from pacswap.train.losses import Loss, balanced_weights
+from pacswap.train.engine.losses import Loss, balanced_weights
 
 C = 4
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.25], dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from pacswap.errors import DataError, TrainingError
-from pacswap.train.metrics import TALLIES, Counts, Scores, count, scores_of
+from pacswap.train.measure.metrics import TALLIES, Counts, Scores, count, scores_of
 from tests.numerics import DIFFERS, assert_close64, assert_equal
 
 CLASSES = 5

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from pacswap.errors import DataError, TrainingError
-from pacswap.train.curves import draw_curves, mean_curve, read_log
-from pacswap.train.pictures import (
+from pacswap.train.measure.curves import draw_curves, mean_curve, read_log
+from pacswap.train.measure.pictures import (
     BETTER,
     IGNORED,
     WORSE,

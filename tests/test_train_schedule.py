@@ -9,7 +9,7 @@ import torch
 from timm.scheduler import create_scheduler_v2
 
 from pacswap.recipes import StageSection
-from pacswap.train.schedule import Timeline
+from pacswap.train.engine.schedule import Timeline
 
 LR = 0.037
 STEPS = 12

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pacswap.errors import TrainingError
-from pacswap.train.average import Average
-from pacswap.train.log import Table
-from pacswap.train.state import Checkpoints, Position
+from pacswap.train.engine.average import Average
+from pacswap.train.engine.log import Table
+from pacswap.train.engine.state import Checkpoints, Position
 
 IDENTITY = {"finetune": {"stages": [{"lr": 0.1, "name": "all"}], "batch_size": 4}, "seed": 0}
 TENSORS = {"model": {"w": torch.arange(5.0)}, "optimizer": {"state": {0: {"m": torch.ones(3)}}}}

@@ -14,8 +14,8 @@ import torch
 from pacswap.errors import TrainingError
 from pacswap.recipes import EvaluateSection
 from pacswap.report import Latency
-from pacswap.train.metrics import MEASURES, Scores, count
-from pacswap.train.summary import (
+from pacswap.train.measure.metrics import MEASURES, Scores, count
+from pacswap.train.measure.summary import (
     CAPACITY,
     CONTROL,
     UPGRADED,

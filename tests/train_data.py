@@ -12,7 +12,7 @@ from torch import Tensor
 from pacswap.errors import DataError
 from pacswap.recipes import DataSection
 from pacswap.scenes import CLASSES, draw_scene
-from pacswap.train.data import Split, open_data
+from pacswap.train.data.split import Split, open_data
 
 HELD_OUT = 1_000_000  # the first seed of the pictures to measure on
 

@@ -19,10 +19,10 @@ from pacswap.errors import TrainingError
 from pacswap.recipes import DataSection, FinetuneSection
 from pacswap.scenes import CLASSES, MEAN, STD
 from pacswap.surgery import plan_of
-from pacswap.train.data import Split, open_data
-from pacswap.train.events import Event, Note
-from pacswap.train.groups import Roles, roles_of
-from pacswap.train.loop import Job, Outcome, train
+from pacswap.train.data.split import Split, open_data
+from pacswap.train.engine.events import Event, Note
+from pacswap.train.engine.groups import Roles, roles_of
+from pacswap.train.engine.loop import Job, Outcome, train
 
 SIZE = (24, 32)
 

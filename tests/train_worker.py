@@ -32,9 +32,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from train_jobs import Wide, job, upgraded, weights
 
 from pacswap.errors import TrainingError
-from pacswap.train.events import Event, Note, StageBegun, StepDone
-from pacswap.train.groups import roles_of
-from pacswap.train.loop import train
+from pacswap.train.engine.events import Event, Note, StageBegun, StepDone
+from pacswap.train.engine.groups import roles_of
+from pacswap.train.engine.loop import train
 
 # Imported once for all forks, which would each import them at their first use.
 EARLY = (timm.optim, timm.scheduler, torch.utils.tensorboard, torchmetrics.functional)

@@ -23,7 +23,7 @@ from pacswap.cli.base import (
 )
 
 if TYPE_CHECKING:
-    from pacswap.train.metrics import Scores
+    from pacswap.train.measure.metrics import Scores
 
 RunFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="What `pacswap finetune` wrote.", show_default=False)
@@ -175,7 +175,7 @@ class _RunShown:
 
     def __call__(self, event: Any) -> None:
         """Show an event."""
-        from pacswap.train import events
+        from pacswap.train.engine import events
         from pacswap.train.setting import ArmBegun, Phase
 
         if isinstance(event, Phase):

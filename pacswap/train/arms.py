@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pacswap.errors import PlanError, TrainingError
 from pacswap.recipes import LoadedRecipe, Recipe
 from pacswap.surgery import Group, KernelSpec, Plan, calibrate, plan_groups, rewrite
-from pacswap.train.groups import Roles, roles_of
+from pacswap.train.engine.groups import Roles, roles_of
+from pacswap.train.measure.summary import CAPACITY, CONTROL, UPGRADED
 from pacswap.train.outputs import logits_of
-from pacswap.train.summary import CAPACITY, CONTROL, UPGRADED
 from pacswap.upgrade import planned
 
 # Where each arm's trainings lie in the folder of a run.

@@ -18,12 +18,20 @@ from pacswap.report import Latency, measure_latency, versions
 from pacswap.surgery import Plan, disabled, verify
 from pacswap.surgery.words import deed
 from pacswap.train.arms import Arm, check_classes, make_arm
-from pacswap.train.curves import draw_curves
 from pacswap.train.diagnose import diagnose
-from pacswap.train.events import Event, Note
-from pacswap.train.infer import evaluate
-from pacswap.train.loop import Job, train
-from pacswap.train.metrics import Scores
+from pacswap.train.engine.events import Event, Note
+from pacswap.train.engine.loop import Job, train
+from pacswap.train.measure.curves import draw_curves
+from pacswap.train.measure.infer import evaluate
+from pacswap.train.measure.metrics import Scores
+from pacswap.train.measure.summary import (
+    CAPACITY,
+    CONTROL,
+    UPGRADED,
+    ArmResult,
+    RunSummary,
+    write_report,
+)
 from pacswap.train.setting import (
     CURVES,
     MODEL,
@@ -35,14 +43,6 @@ from pacswap.train.setting import (
     prepare,
     scales_of,
     some_images,
-)
-from pacswap.train.summary import (
-    CAPACITY,
-    CONTROL,
-    UPGRADED,
-    ArmResult,
-    RunSummary,
-    write_report,
 )
 from pacswap.train.trained import keep_model
 from pacswap.train.views import Views

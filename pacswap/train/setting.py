@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pacswap.errors import RecipeError, TrainingError, quoted
 from pacswap.recipes import DataSection, FinetuneSection, LoadedRecipe, dump_recipe
 from pacswap.train.arms import FOLDERS
-from pacswap.train.data import Split, open_data
-from pacswap.train.device import make_accelerator
-from pacswap.train.events import Event
-from pacswap.train.infer import normalized
-from pacswap.train.scan import scan
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import Split, open_data
+from pacswap.train.engine.device import make_accelerator
+from pacswap.train.engine.events import Event
+from pacswap.train.measure.infer import normalized
 from pacswap.train.writing import write_file
 from pacswap.upgrade import folder_of
 from pacswap.zoo import normalization

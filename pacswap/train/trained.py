@@ -16,16 +16,16 @@ from pacswap.checkpoint import CLASSES, RECIPE, load, new_folder, pinned, write_
 from pacswap.errors import CheckpointError, DataError
 from pacswap.recipes import LoadedRecipe, Recipe, load_recipe, recipe_data
 from pacswap.surgery import Plan
-from pacswap.train.data import Split, open_data
-from pacswap.train.data_labels import Colour, drawing_palette
-from pacswap.train.data_lists import picture_suffixes
-from pacswap.train.data_pictures import read_picture
-from pacswap.train.infer import evaluate as measure
-from pacswap.train.infer import normalized
-from pacswap.train.infer import predict as probabilities
-from pacswap.train.metrics import Scores
-from pacswap.train.pictures import overlay, palette_image, write_picture
-from pacswap.train.scan import scan
+from pacswap.train.data.labels import Colour, drawing_palette
+from pacswap.train.data.lists import picture_suffixes
+from pacswap.train.data.pictures import read_picture
+from pacswap.train.data.scan import scan
+from pacswap.train.data.split import Split, open_data
+from pacswap.train.measure.infer import evaluate as measure
+from pacswap.train.measure.infer import normalized
+from pacswap.train.measure.infer import predict as probabilities
+from pacswap.train.measure.metrics import Scores
+from pacswap.train.measure.pictures import overlay, palette_image, write_picture
 from pacswap.train.setting import MODEL, scales_of, section_of
 from pacswap.upgrade import folder_of
 

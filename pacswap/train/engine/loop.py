@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from pacswap.errors import TrainingError, quoted
-from pacswap.train.average import Average
-from pacswap.train.batches import Batch, Batches
-from pacswap.train.begin import checked_groups, identity_of, last_checkpoint, loss_of
-from pacswap.train.device import Interrupts, kept, make_accelerator, seed_step, synchronised
-from pacswap.train.events import Evaluated, Note, Progress, StageBegun, StepDone, ignore
-from pacswap.train.groups import ParameterGroup, numbers_in
-from pacswap.train.infer import evaluate
-from pacswap.train.job import Job, Outcome
-from pacswap.train.learner import Learner, NotFinite
-from pacswap.train.log import Logs
-from pacswap.train.losses import Loss
-from pacswap.train.metrics import Scores
-from pacswap.train.schedule import Stretch, Timeline
-from pacswap.train.state import Checkpoint, Checkpoints, Position
+from pacswap.train.data.batches import Batch, Batches
+from pacswap.train.engine.average import Average
+from pacswap.train.engine.begin import checked_groups, identity_of, last_checkpoint, loss_of
+from pacswap.train.engine.device import Interrupts, kept, make_accelerator, seed_step, synchronised
+from pacswap.train.engine.events import Evaluated, Note, Progress, StageBegun, StepDone, ignore
+from pacswap.train.engine.groups import ParameterGroup, numbers_in
+from pacswap.train.engine.job import Job, Outcome
+from pacswap.train.engine.learner import Learner, NotFinite
+from pacswap.train.engine.log import Logs
+from pacswap.train.engine.losses import Loss
+from pacswap.train.engine.schedule import Stretch, Timeline
+from pacswap.train.engine.state import Checkpoint, Checkpoints, Position
+from pacswap.train.measure.infer import evaluate
+from pacswap.train.measure.metrics import Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -101,7 +101,7 @@ class Logs:
         self._board: Any = None
         if not main:
             return
-        from pacswap.train.metrics import MEASURES
+        from pacswap.train.measure.metrics import MEASURES
 
         self._folder = folder
         learning = ["step", "stage", "epoch", "loss", *(f"lr/{rate}" for rate in rates)]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pacswap.recipes import FinetuneSection
-from pacswap.train.groups import Roles
-from pacswap.train.metrics import Scores
+from pacswap.train.engine.groups import Roles
+from pacswap.train.measure.metrics import Scores
 
 if TYPE_CHECKING:
-    from pacswap.train.data import Split
+    from pacswap.train.data.split import Split
 
 
 @dataclass

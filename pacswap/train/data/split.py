@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from pacswap.recipes import DataSection
-from pacswap.train.data_faults import few, many, refuse
-from pacswap.train.data_labels import Colour
-from pacswap.train.data_pictures import Reader, Sample
-from pacswap.train.formats import read_format
+from pacswap.train.data.faults import few, many, refuse
+from pacswap.train.data.formats import read_format
+from pacswap.train.data.labels import Colour
+from pacswap.train.data.pictures import Reader, Sample
 
 __all__ = ["Sample", "Split", "open_data"]
 

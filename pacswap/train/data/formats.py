@@ -13,16 +13,16 @@ from torchvision.datasets import Cityscapes, OxfordIIITPet, SBDataset, VOCSegmen
 from pacswap.errors import nearest_hint
 from pacswap.recipes import DataSection
 from pacswap.scenes import CLASSES as SCENE_CLASSES
-from pacswap.train.data_classes import own_classes
-from pacswap.train.data_faults import few, many
-from pacswap.train.data_labels import Colour, Labels, distinct_colours, drawing_palette
-from pacswap.train.data_lists import Entry, Index, lines_of, located, twice, without_suffix
-from pacswap.train.data_pictures import FileReader, Raw, Sample, read_mask
-from pacswap.train.formats_coco import read_coco
-from pacswap.train.formats_folder import read_folder
-from pacswap.train.formats_found import Found, below, check_there
-from pacswap.train.formats_sbd import read_mat_mask, why_no_scipy
-from pacswap.train.formats_scenes import SMALLEST, SceneReader, scene_samples
+from pacswap.train.data.classes import own_classes
+from pacswap.train.data.coco import read_coco
+from pacswap.train.data.faults import few, many
+from pacswap.train.data.folder import read_folder
+from pacswap.train.data.found import Found, below, check_there
+from pacswap.train.data.labels import Colour, Labels, distinct_colours, drawing_palette
+from pacswap.train.data.lists import Entry, Index, lines_of, located, twice, without_suffix
+from pacswap.train.data.pictures import FileReader, Raw, Sample, read_mask
+from pacswap.train.data.sbd import read_mat_mask, why_no_scipy
+from pacswap.train.data.scenes import SMALLEST, SceneReader, scene_samples
 
 _VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pacswap.train.data_faults import few, many
-from pacswap.train.data_labels import Colour
-from pacswap.train.data_pictures import Reader, Sample
+from pacswap.train.data.faults import few, many
+from pacswap.train.data.labels import Colour
+from pacswap.train.data.pictures import Reader, Sample
 
 
 @dataclass(frozen=True)

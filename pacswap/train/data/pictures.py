@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pacswap.errors import DataError
-from pacswap.train.data_labels import Labels
+from pacswap.train.data.labels import Labels
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Raw: TypeAlias = NDArray[np.generic]  # what a mask file holds: whole numbers [H, W]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pacswap.recipes import DataSection
-from pacswap.train.data_faults import few
-from pacswap.train.data_labels import Colour, Labels
-from pacswap.train.data_lists import lines_of, located
+from pacswap.train.data.faults import few
+from pacswap.train.data.labels import Colour, Labels
+from pacswap.train.data.lists import lines_of, located
 
 
 @dataclass(frozen=True)

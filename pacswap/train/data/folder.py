@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pacswap.errors import nearest_hint
 from pacswap.recipes import DataSection
-from pacswap.train.data_classes import labels_of, read_classes
-from pacswap.train.data_faults import few, few_of, many
-from pacswap.train.data_labels import drawing_palette
-from pacswap.train.data_lists import (
+from pacswap.train.data.classes import labels_of, read_classes
+from pacswap.train.data.faults import few, few_of, many
+from pacswap.train.data.found import Found, below
+from pacswap.train.data.labels import drawing_palette
+from pacswap.train.data.lists import (
     Entry,
     Index,
     lines_of,
@@ -20,8 +21,7 @@ from pacswap.train.data_lists import (
     twice,
     without_suffix,
 )
-from pacswap.train.data_pictures import FileReader, Sample, own_palette
-from pacswap.train.formats_found import Found, below
+from pacswap.train.data.pictures import FileReader, Sample, own_palette
 
 # What a mask's name may have after its picture's, and what a picture's name may have that its
 # mask's lacks.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pacswap.train.data import Split
-from pacswap.train.data_faults import few_of, many, refuse
-from pacswap.train.data_pictures import KINDS, Flaw, Raw
-from pacswap.train.formats_found import below
+from pacswap.train.data.faults import few_of, many, refuse
+from pacswap.train.data.found import below
+from pacswap.train.data.pictures import KINDS, Flaw, Raw
+from pacswap.train.data.split import Split
 
 Progress = Callable[[int, int], None]
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from pacswap.errors import nearest_hint
 from pacswap.recipes import DataSection
-from pacswap.train.data_classes import read_classes
-from pacswap.train.data_faults import few, many
-from pacswap.train.data_labels import Labels, drawing_palette
-from pacswap.train.data_lists import located, without_suffix
-from pacswap.train.data_pictures import (
+from pacswap.train.data.classes import read_classes
+from pacswap.train.data.faults import few, many
+from pacswap.train.data.found import Found, below, check_there
+from pacswap.train.data.labels import Labels, drawing_palette
+from pacswap.train.data.lists import located, without_suffix
+from pacswap.train.data.pictures import (
     Flaw,
     Pixels,
     Raw,
@@ -27,7 +28,6 @@ from pacswap.train.data_pictures import (
     read_picture,
     require_one_size,
 )
-from pacswap.train.formats_found import Found, below, check_there
 
 BACKGROUND = "background"
 _FIELDS: dict[str, dict[str, Any]] = {

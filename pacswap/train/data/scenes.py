@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pacswap.scenes import draw_scene
-from pacswap.train.data_pictures import Pixels, Raw, Sample, one_thread
+from pacswap.train.data.pictures import Pixels, Raw, Sample, one_thread
 
 SMALLEST = 16  # what draw_scene draws
 # The shipped networks learnt from the first seeds and were measured from this one on.

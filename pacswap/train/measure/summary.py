@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pacswap.recipes import EvaluateSection
 from pacswap.report import Latency
-from pacswap.train.compare import Comparison, compare, markdown_table, points
-from pacswap.train.metrics import MEASURES, Scores
+from pacswap.train.measure.compare import Comparison, compare, markdown_table, points
+from pacswap.train.measure.metrics import MEASURES, Scores
 from pacswap.train.writing import write_file
 
 # What the arms are called, in folders, tables and words.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from pacswap.train.metrics import Scores
+    from pacswap.train.measure.metrics import Scores
 
 
 @dataclass(frozen=True)

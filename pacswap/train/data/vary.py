@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transform
 
 from pacswap.recipes import TransformSection
-from pacswap.train.data import picture_and_mask_at
-from pacswap.train.data_pictures import one_thread
+from pacswap.train.data.pictures import one_thread
+from pacswap.train.data.split import picture_and_mask_at
 
 
 class Vary:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pacswap.errors import TrainingError, nearest_hint
 from pacswap.recipes import OptimizerSection
-from pacswap.train.groups import ParameterGroup
+from pacswap.train.engine.groups import ParameterGroup
 
 if TYPE_CHECKING:
     import torch

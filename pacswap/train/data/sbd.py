@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pacswap.train.data_labels import Labels
-from pacswap.train.data_pictures import Flaw, Raw, meant
+from pacswap.train.data.labels import Labels
+from pacswap.train.data.pictures import Flaw, Raw, meant
 
 
 def why_no_scipy() -> str | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pacswap.errors import DataError
 from pacswap.surgery.table import columns
-from pacswap.train.metrics import MEASURES, Scores, or_none, scores_of
-from pacswap.train.statistics import Interval, percentile_interval, resampled, t_interval
+from pacswap.train.measure.metrics import MEASURES, Scores, or_none, scores_of
+from pacswap.train.measure.statistics import Interval, percentile_interval, resampled, t_interval
 
 Verdict = Literal["gain", "loss", "no gain is shown"]
 
@@ -202,7 +202,7 @@ def compare(
         DataError: the arms differ in seeds, pictures, classes or labels.
 
     Example:
-        >>> from pacswap.train.metrics import count
+        >>> from pacswap.train.measure.metrics import count
         >>> truth, wrong = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 1]])
         >>> before = Scores.of([count(wrong, truth, classes=2)], ["sky", "road"], ["a"])
         >>> after = Scores.of([count(truth, truth, classes=2)], ["sky", "road"], ["a"])

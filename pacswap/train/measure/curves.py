@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pacswap.errors import TrainingError
-from pacswap.train.log import LOG, VAL
+from pacswap.train.engine.log import LOG, VAL
 from pacswap.train.writing import write_file
 
 if TYPE_CHECKING:

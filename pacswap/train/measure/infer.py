@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from pacswap.errors import TrainingError
 from pacswap.recipes import EvaluateSection
 from pacswap.surgery.modes import kept_modes
-from pacswap.train.metrics import Counts, Scores, count
+from pacswap.train.measure.metrics import Counts, Scores, count
 from pacswap.train.outputs import logits_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pacswap.train.data import Split
+    from pacswap.train.data.split import Split
 
 _READERS = 2  # threads that decode pictures while the network works
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pacswap.errors import TrainingError
-from pacswap.train.events import Note, Progress
-from pacswap.train.groups import ParameterGroup, groups_of_stages
-from pacswap.train.job import Job
-from pacswap.train.log import LOG, VAL
-from pacswap.train.losses import Loss, balanced_weights
-from pacswap.train.optimizers import make_optimizer
-from pacswap.train.state import Checkpoint, Checkpoints
+from pacswap.train.engine.events import Note, Progress
+from pacswap.train.engine.groups import ParameterGroup, groups_of_stages
+from pacswap.train.engine.job import Job
+from pacswap.train.engine.log import LOG, VAL
+from pacswap.train.engine.losses import Loss, balanced_weights
+from pacswap.train.engine.optimizers import make_optimizer
+from pacswap.train.engine.state import Checkpoint, Checkpoints
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

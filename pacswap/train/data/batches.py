@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pacswap.errors import DataError, TrainingError
 from pacswap.recipes import TransformSection
-from pacswap.train.batches_vary import Vary
-from pacswap.train.data import Split
+from pacswap.train.data.split import Split
+from pacswap.train.data.vary import Vary
 
 # Ends a seed's stream, so that the order of pictures and their variations are independent.
 _ORDER, _VARIATION = 1, 2

@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacswap.errors import TrainingError, quoted
 from pacswap.recipes import FinetuneSection
-from pacswap.train.device import is_batch_norm
-from pacswap.train.groups import ParameterGroup
-from pacswap.train.losses import Loss
-from pacswap.train.optimizers import make_optimizer
+from pacswap.train.engine.device import is_batch_norm
+from pacswap.train.engine.groups import ParameterGroup
+from pacswap.train.engine.losses import Loss
+from pacswap.train.engine.optimizers import make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pacswap.train.batches import Batch
+    from pacswap.train.data.batches import Batch
 
 
 class NotFinite(Exception):

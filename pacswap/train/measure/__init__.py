@@ -1,0 +1,1 @@
+"""Scores of a segmentation network, comparisons of arms, and how they are shown."""
