@@ -21,7 +21,7 @@ from pacswap.checkpoint import (
     write_model,
 )
 from pacswap.errors import PlanError, RecipeError
-from pacswap.recipes import LoadedRecipe, find_recipe, load_recipe
+from pacswap.recipes import LoadedRecipe, find_recipe, load_recipe, refuse_auto
 from pacswap.report import Report, measure_latency, versions
 from pacswap.surgery import Plan, calibrate, pac_layers, plan_groups, rewrite, verify
 from pacswap.surgery.calibrate import calibration_batch
@@ -143,6 +143,7 @@ def planned(loaded: LoadedRecipe, model: nn.Module) -> Plan:
     Raises:
         RecipeError: with every refusal.
     """
+    refuse_auto(loaded)
     recipe = loaded.recipe
     name = f"{recipe.model.library} {recipe.model.name}"
     places = [(operation, index) for operation, index, _ in recipe.sections()]

@@ -9,9 +9,10 @@ from typing import NoReturn, cast
 
 import typer
 
+from pacswap.cli import inside as _inside  # noqa: F401
 from pacswap.cli import recipes as _recipes  # noqa: F401  these register their commands
 from pacswap.cli import training as _training  # noqa: F401
-from pacswap.cli.base import app
+from pacswap.cli.base import Interrupted, app
 from pacswap.errors import PacswapError
 
 # typer shows it in a box that breaks long names; it has no public name in all versions.
@@ -29,8 +30,10 @@ def main(args: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except PacswapError as error:
         _fail(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort) as interrupt:
-        _fail(str(interrupt) or "interrupted; nothing was written.", 130)
+    except Interrupted as interrupt:
+        _fail(str(interrupt), 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was written.", 130)
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         command = "pacswap" if context is None else context.command_path

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with words: typer would swallow those of a KeyboardInterrupt."""
+
 
 app = typer.Typer(
     name="pacswap",
@@ -20,6 +26,9 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a shipped recipe.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="What `pacswap finetune` wrote.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as model.weights=null."),

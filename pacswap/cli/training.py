@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from pacswap.cli.base import (
     AsJson,
+    Interrupted,
     Overrides,
     RecipeName,
+    RunFolder,
     TrustPython,
     app,
     dumped,
@@ -24,10 +26,6 @@ from pacswap.cli.base import (
 
 if TYPE_CHECKING:
     from pacswap.train.measure.metrics import Scores
-
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="What `pacswap finetune` wrote.", show_default=False)
-]
 
 
 @app.command()
@@ -53,17 +51,21 @@ def finetune(
     """Train an upgraded network on labelled pictures, and say what the swap brought."""
     from pacswap.train.run import finetune as run
 
-    with _run_shown() as shown:
-        done = run(
-            recipe,
-            overrides or (),
-            output=output,
-            control=control,
-            resume=resume,
-            overwrite=overwrite,
-            trust_python=trust_python,
-            progress=shown,
-        )
+    try:
+        with _run_shown() as shown:
+            done = run(
+                recipe,
+                overrides or (),
+                output=output,
+                control=control,
+                resume=resume,
+                overwrite=overwrite,
+                trust_python=trust_python,
+                progress=shown,
+            )
+    except KeyboardInterrupt as interrupt:
+        words = "interrupted before the training began. Start it again, with --resume."
+        raise Interrupted(str(interrupt) or words) from None
     summary = done.summary
     if as_json:
         say(dumped(summary.as_dict()))
@@ -94,7 +96,7 @@ def evaluate(
     if split not in ("train", "val"):
         raise DataError(f"--split: expected 'train' or 'val', got '{split}'.")
     trained = open_trained(folder, overrides or (), trust_python=trust_python)
-    with _count_shown("measuring") as shown:
+    with count_shown("measuring") as shown:
         scores = run(trained, split, progress=shown)
     if as_json:
         say(dumped(scores.as_dict()))
@@ -120,7 +122,7 @@ def predict(
     from pacswap.train.trained import predict as run
 
     trained = open_trained(folder, trust_python=trust_python)
-    with _count_shown("segmenting") as shown:
+    with count_shown("segmenting") as shown:
         written = run(trained, images, output, overlays=overlays, progress=shown)
     if as_json:
         say(dumped({"written": [str(path) for path in written]}))
@@ -159,7 +161,7 @@ def _bar(*columns: Any) -> Progress:
 
 
 @contextmanager
-def _count_shown(what: str) -> Iterator[Callable[[int, int], None]]:
+def count_shown(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over pictures."""
     with _bar() as bar:
         task = bar.add_task(what, total=None)

@@ -107,6 +107,14 @@ class LossSection(Section):
         default=0.4, description="The weight of an auxiliary head's loss, where there is one."
     )
 
+    @classmethod
+    def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:
+        """Dice has no use for what belongs to cross entropy."""
+        for key in ("label_smoothing", "ohem"):
+            if raw.get("name") == "dice" and raw.get(key) not in (None, 0, 0.0):
+                text = f"expected only with cross entropy, got {got(raw[key])}. Remove the key."
+                yield Breach((key,), text)
+
 
 class StageSection(Section):
     """A stretch of training in which the same parameters learn."""

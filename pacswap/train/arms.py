@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pacswap.errors import PlanError, TrainingError
-from pacswap.recipes import LoadedRecipe, Recipe
+from pacswap.errors import PlanError
+from pacswap.recipes import LoadedRecipe
 from pacswap.surgery import Group, KernelSpec, Plan, calibrate, plan_groups, rewrite
 from pacswap.train.engine.groups import Roles, roles_of
 from pacswap.train.measure.summary import CAPACITY, CONTROL, UPGRADED
-from pacswap.train.outputs import logits_of
 from pacswap.upgrade import planned
 
 # Where each arm's trainings lie in the folder of a run.
@@ -55,17 +52,18 @@ def make_arm(name: str, loaded: LoadedRecipe, original: nn.Module, images: Tenso
         RecipeError: the recipe asks for what the network cannot give.
     """
     plan = planned(loaded, original)
-    if name == CONTROL:
-        upgraded = roles_of(rewrite(original, plan), plan)
-        return Arm(name, original, roles_of(original, None, swapped=upgraded.swapped), None)
-    if name == CAPACITY:
-        found = _constant(original, plan)
-        if found is None:
-            return None
-        plan = found
     model = rewrite(original, plan)
+    roles = roles_of(model, plan)
+    if name == CONTROL:
+        return Arm(name, original, roles_of(original, None, swapped=roles.swapped), None)
+    if name == CAPACITY:
+        held = _constant(original, plan)
+        if held is None:
+            return None
+        model, plan = rewrite(original, held), held
+        roles = roles_of(model, plan, swapped=roles.swapped)
     calibrate(model, plan, images)
-    return Arm(name, model, roles_of(model, plan), plan)
+    return Arm(name, model, roles, plan)
 
 
 def _constant(original: nn.Module, plan: Plan) -> Plan | None:
@@ -82,24 +80,3 @@ def _constant(original: nn.Module, plan: Plan) -> Plan | None:
             continue
         kept.append(held)
     return plan_groups(original, tuple(kept), example) if kept else None
-
-
-def check_classes(model: Callable[..., Any], recipe: Recipe, images: Tensor, classes: int) -> None:
-    """See that a network gives logits of as many classes as the data has.
-
-    Args:
-        model: the network, in eval mode.
-        recipe: for the message.
-        images: [B, 3, H, W], normalised.
-        classes: of the data.
-
-    Raises:
-        TrainingError: it gives something else.
-    """
-    with torch.inference_mode():
-        logits = logits_of(model(images))
-    if logits.shape[1] != classes:
-        raise TrainingError(
-            f"{recipe.model.name} gives {logits.shape[1]} classes and the data has {classes}. Give "
-            f"it a new head: model.num_classes={classes}, or mend finetune.data.classes."
-        )

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from pacswap.recipes import StageSection, find_recipe, load_recipe
 from pacswap.report import Latency, measure_latency, versions
 from pacswap.surgery import Plan, disabled, verify
 from pacswap.surgery.words import deed
-from pacswap.train.arms import Arm, check_classes, make_arm
+from pacswap.train.arms import Arm, make_arm
+from pacswap.train.choose import decided
 from pacswap.train.diagnose import diagnose
 from pacswap.train.engine.events import Event, Note
 from pacswap.train.engine.loop import Job, train
@@ -32,6 +33,7 @@ from pacswap.train.measure.summary import (
     RunSummary,
     write_report,
 )
+from pacswap.train.probe import Probed
 from pacswap.train.setting import (
     CURVES,
     MODEL,
@@ -40,6 +42,7 @@ from pacswap.train.setting import (
     Phase,
     RunProgress,
     Setting,
+    check_classes,
     prepare,
     scales_of,
     some_images,
@@ -164,6 +167,12 @@ def _prove(run: _Run) -> None:
     height, width = setting.val.read(0)[0].shape[-2:]
     images = some_images(setting.train, 2, (height, width), scales)
     check_classes(original, loaded.recipe, images[:1], len(setting.val.classes))
+
+    def tell(group: str, probed: Probed) -> None:
+        setting.say(Note(f"{group}: a probe of the data chooses among\n{probed}"))
+
+    chosen = decided(loaded, setting.section, setting.train, original, tell)
+    run.setting = setting = replace(setting, loaded=chosen)
     arm = _arm(setting, UPGRADED, seed)
     assert arm is not None
     verify(original, arm.model, torch.cat([images, images])[:2]).raise_if_failed()

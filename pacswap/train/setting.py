@@ -6,19 +6,20 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pacswap.errors import RecipeError, TrainingError, quoted
-from pacswap.recipes import DataSection, FinetuneSection, LoadedRecipe, dump_recipe
+from pacswap.recipes import DataSection, FinetuneSection, LoadedRecipe, Recipe, dump_recipe
 from pacswap.train.arms import FOLDERS
+from pacswap.train.data.batches import normalized
 from pacswap.train.data.scan import scan
 from pacswap.train.data.split import Split, open_data
 from pacswap.train.engine.device import make_accelerator
 from pacswap.train.engine.events import Event
-from pacswap.train.measure.infer import normalized
+from pacswap.train.outputs import logits_of
 from pacswap.train.writing import write_file
 from pacswap.upgrade import folder_of
 from pacswap.zoo import normalization
@@ -216,3 +217,24 @@ def some_images(
             nn.functional.interpolate(picture, list(size), mode="bilinear", antialias=True)
         )
     return normalized(torch.cat(found).round().clamp(0, 255).byte(), *scales)
+
+
+def check_classes(model: Callable[..., Any], recipe: Recipe, images: Tensor, classes: int) -> None:
+    """See that a network gives logits of as many classes as the data has.
+
+    Args:
+        model: the network, in eval mode.
+        recipe: for the message.
+        images: [B, 3, H, W], normalised.
+        classes: of the data.
+
+    Raises:
+        TrainingError: it gives something else.
+    """
+    with torch.inference_mode():
+        logits = logits_of(model(images))
+    if logits.shape[1] != classes:
+        raise TrainingError(
+            f"{recipe.model.name} gives {logits.shape[1]} classes and the data has {classes}. Give "
+            f"it a new head: model.num_classes={classes}, or mend finetune.data.classes."
+        )

@@ -16,13 +16,13 @@ from pacswap.checkpoint import CLASSES, RECIPE, load, new_folder, pinned, write_
 from pacswap.errors import CheckpointError, DataError
 from pacswap.recipes import LoadedRecipe, Recipe, load_recipe, recipe_data
 from pacswap.surgery import Plan
+from pacswap.train.data.batches import normalized
 from pacswap.train.data.labels import Colour, drawing_palette
 from pacswap.train.data.lists import picture_suffixes
 from pacswap.train.data.pictures import read_picture
 from pacswap.train.data.scan import scan
 from pacswap.train.data.split import Split, open_data
 from pacswap.train.measure.infer import evaluate as measure
-from pacswap.train.measure.infer import normalized
 from pacswap.train.measure.infer import predict as probabilities
 from pacswap.train.measure.metrics import Scores
 from pacswap.train.measure.pictures import overlay, palette_image, write_picture

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from pacswap.recipes import EvaluateSection
 from pacswap.surgery.modes import kept_modes
+from pacswap.train.data.batches import normalized
 from pacswap.train.data.split import Split
-from pacswap.train.measure.infer import normalized, predict
+from pacswap.train.measure.infer import predict
 from pacswap.train.measure.pictures import side_by_side, write_picture
 from pacswap.train.setting import spread
 

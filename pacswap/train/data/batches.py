@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,24 +38,37 @@ class Batch:
     step: int
 
 
-def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring pictures to what a network was pretrained on.
+def normalized(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Pictures as a network takes them: subtract `mean`, divide by `std`.
 
     Args:
-        images: [B, 3, H, W] or [3, H, W], uint8 RGB.
+        images: [..., 3, H, W], uint8 RGB.
         mean: to subtract from each channel of a picture in [0, 1].
         std: to divide each channel by then.
+        device: where to; None leaves them where they are.
 
     Returns:
-        The shape of `images`, float32; dimensionless.
+        float32, dimensionless, the shape of `images`.
 
     Example:
         >>> normalized(torch.full((3, 1, 1), 255, dtype=torch.uint8), (0.5,) * 3, (0.25,) * 3)[0]
         tensor([[2.]])
     """
+    images = images if device is None else images.to(device)
     low = torch.tensor(mean, dtype=torch.float32, device=images.device)[:, None, None]
     wide = torch.tensor(std, dtype=torch.float32, device=images.device)[:, None, None]
     return images.float().div_(255).sub_(low).div_(wide)
+
+
+def _deaf(worker: int) -> None:
+    """Leave signals to the main process, which ends its workers when a step is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -130,7 +144,7 @@ class Batches:
         order = torch.randperm(len(self.split), generator=generator)
         return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
 
-    def from_step(self, step: int) -> Iterator[Batch]:
+    def from_step(self, step: int) -> Generator[Batch, None, None]:
         """Batches from a global step on, without end.
 
         Args:
@@ -150,6 +164,7 @@ class Batches:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_deaf,
             # Its own, or starting workers would move the global random state.
             generator=torch.Generator(),
         )

@@ -110,6 +110,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = ignore) -> Out
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         workers=section.workers,
+        device=accelerator.device,
     )
     timeline = Timeline(section.stages, batches.steps_per_epoch)
     checkpoints = Checkpoints(job.folder, section.checkpoint.keep, identity_of(job))

@@ -118,6 +118,8 @@ class Comparison:
         """The verdict in one plain sentence."""
         found = self.measures["miou"]
         opening = {"gain": "A gain", "loss": "A loss"}.get(self.verdict, "No gain is shown")
+        if len(self.seeds) == 1 and self.verdict in ("gain", "loss"):
+            opening += " with this seed"
         spans = [
             f"{span(found.over_seeds)} over {len(self.seeds)} seeds",
             f"{span(found.over_pictures)} over {_number(self.pictures, 'picture')}",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pacswap.errors import TrainingError
 from pacswap.recipes import EvaluateSection
 from pacswap.surgery.modes import kept_modes
+from pacswap.train.data.batches import normalized
 from pacswap.train.measure.metrics import Counts, Scores, count
 from pacswap.train.outputs import logits_of
 
@@ -25,28 +26,6 @@ if TYPE_CHECKING:
     from pacswap.train.data.split import Split
 
 _READERS = 2  # threads that decode pictures while the network works
-
-
-def normalized(
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Pictures as a network takes them: subtract `mean`, divide by `std`.
-
-    Args:
-        images: [..., 3, H, W], uint8 RGB.
-        mean: of each channel, of pictures in [0, 1].
-        std: of each channel, of pictures in [0, 1].
-        device: where to; None leaves them where they are.
-
-    Returns:
-        float32, the shape of `images`.
-    """
-    scaled = images.to(device or images.device).float() / 255
-    shift, width = (scaled.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (scaled - shift) / width
 
 
 def predict(
