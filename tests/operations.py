@@ -280,7 +280,6 @@ POOLS = {
 }
 POSITION = {"from": "input+position", "channels": 3}
 FULL = {"weights": "full", "steps": 2, "kernel_size": 3}
-BLUR = {"weights": "full", "kernel_size": 3, "blur": 2}
 
 TINY: Mapping[str, Case] = {
     **{
@@ -303,7 +302,7 @@ TINY: Mapping[str, Case] = {
     },
     "pool_twice": _case(lambda: Pooled(nn.MaxPool2d(2), 2), group("pool", "pool", "stem")),
     "overwritten": _case(Overwritten, group("upsample", "interpolate", "stem", filter=FULL)),
-    "blurred": _case(Overwritten, group("upsample", "interpolate", "stem", filter=BLUR)),
+    "blurred": _case(Overwritten, group("upsample", "interpolate", "stem", filter={"blur": 2})),
     "overwritten_itself": _case(Overwritten, group("upsample", "interpolate", "interpolate")),
     "used_twice": _case(UsedTwice, group("upsample", "interpolate")),
     "two_steps": _case(TwoSteps, group("upsample", "interpolate*", "stem")),

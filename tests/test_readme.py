@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import pacswap
+from pacswap.cli import app
 from pacswap.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +42,23 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["y"].shape == (1, 64, 8, 8)
 
 
-def test_the_readmes_recipe_is_valid():
-    (text,) = blocks("yaml")
-    assert Recipe.model_validate(yaml.safe_load(text)).swap[0].guidance.channels == 16
+def test_the_readmes_recipes_are_valid():
+    swapped, trained = (Recipe.model_validate(yaml.safe_load(text)) for text in blocks("yaml"))
+    assert swapped.swap[0].guidance.channels == 16
+    assert trained.finetune.data.classes == ("road", "car", "other")
+
+
+def test_the_recipes_of_the_manual_are_valid():
+    manual = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", manual, flags=re.DOTALL)
+    assert Recipe.model_validate(yaml.safe_load(text)).model.num_classes == 3
+
+
+def test_every_command_named_in_the_readme_exists():
+    commands = set(re.findall(r"`?pacswap ([a-z]+) ", README))
+    assert {"finetune", "apply", "cp"} <= commands
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert commands - known - {"ls"} == set()
 
 
 @pytest.mark.parametrize("name", re.findall(r"`pacswap\.(\w+)\(", README))

@@ -22,6 +22,7 @@ RECIPES = {
 }
 # name: (layers, adapting kernels, tensors added)
 SWAPPED = {
+    "camvid_deeplabv3": (1, 1, 4),
     "convnext_tiny": (3, 3, 7),
     "deeplabv3_resnet50": (3, 3, 7),
     "deeplabv3_resnet50_guided": (1, 1, 4),
@@ -29,11 +30,13 @@ SWAPPED = {
     "fcn_resnet50": (3, 3, 7),
     "fcn_resnet50_crf": (1, 2, 7),
     "fcn_resnet50_guided": (1, 1, 4),
+    "fcn_resnet50_pool": (1, 1, 3),
     "lraspp_mobilenet_v3_large": (2, 1, 4),
     "mobilenetv2_100": (4, 2, 7),
     "quickstart": (4, 3, 8),
     "resnet50": (3, 3, 7),
     "resnet50d_pool": (3, 3, 13),
+    "scenes_guided": (1, 1, 4),
     "squeezenet1_1_pool": (3, 3, 7),
     "vgg16_hotswap": (3, 3, 6),
 }

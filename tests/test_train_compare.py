@@ -313,8 +313,8 @@ SENTENCES = {
     ),
     "one seed": (
         made((1,), None, Interval(-0.02, -0.01)),
-        "A loss: mIoU of upgraded is +0.91 points against control (95 % interval −2.00 … −1.00 "
-        "over 101 pictures; one seed cannot say how another would end).",
+        "A loss with this seed: mIoU of upgraded is +0.91 points against control (95 % interval "
+        "−2.00 … −1.00 over 101 pictures; one seed cannot say how another would end).",
     ),
 }
 

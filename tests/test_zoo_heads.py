@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -92,15 +94,19 @@ def test_deeplab_without_a_network_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(WeightsError) as raised:
-        build(Source("pacswap", "deeplabv3", None, {**NET.args, "pretrained": True}))
+        build(replace(NET, weights="DEFAULT"))
     assert str(raised.value).startswith(
-        "cannot get weights of the backbone 'mobilenetv2_050' of pacswap model 'deeplabv3': "
+        "cannot get weights 'DEFAULT' of pacswap model 'deeplabv3': "
     )
 
 
-def test_deeplab_has_no_weights_of_its_own():
+def test_deeplab_has_no_weights_but_its_backbones():
     with pytest.raises(WeightsError) as raised:
-        build(Source("pacswap", "deeplabv3", "DEFAULT"))
+        build(replace(NET, weights="VOC"))
     assert str(raised.value) == (
-        "pacswap has no weights for 'deeplabv3'. Set weights to a file, or to null for random ones."
+        "pacswap model 'deeplabv3' has no weights 'VOC'. Known: 'DEFAULT'. Or set a file, or null "
+        "for random ones."
     )
+    with pytest.raises(ModelError) as refused:
+        build(replace(NET, args={"pretrained": True}))
+    assert "weights are chosen by model.weights" in str(refused.value)

@@ -81,7 +81,7 @@ def build(
     if meta:
         model = _on_meta(factory, bare(source))
     elif weights is not None and weights.endswith(FILE_SUFFIXES):
-        model = _made(factory, bare(source), None)  # its file has the backbone's weights too
+        model = _made(factory, source, None)
         load_weights_file(model, (folder or Path()) / weights)
     else:
         model = _made(factory, source, weights)
@@ -106,8 +106,6 @@ def bare(source: Source) -> Source:
         if tag is not None and source.name in _WITH_AUXILIARY:
             # What torchvision itself changes where it loads weights.
             args = {"transform_input": True, **_WITH_AUXILIARY[source.name], **args}
-    if source.library == "pacswap":
-        args.pop("pretrained", None)
     if source.library == "timm" and tag not in (None, "DEFAULT"):
         name = f"{name.partition('.')[0]}.{tag}"  # the tag also says how images are normalised
     return replace(source, name=name, weights=None, args=args)
@@ -216,7 +214,7 @@ def _timm_factory(source: Source) -> Factory:
         except _FETCH_ERRORS as error:
             if weights is None:
                 raise
-            raise WeightsError(_cannot_fetch(source, f"'{weights}'", error)) from error
+            raise WeightsError(_cannot_fetch(source, weights, error)) from error
 
     return make
 
@@ -246,7 +244,7 @@ def _torchvision_factory(source: Source) -> Factory:
             asked = weights or args.get("weights_backbone")
             if asked is None:
                 raise
-            raise WeightsError(_cannot_fetch(source, f"'{asked}'", error)) from error
+            raise WeightsError(_cannot_fetch(source, str(asked), error)) from error
 
     return make
 
@@ -266,21 +264,22 @@ def _own_factory(source: Source) -> Factory:
     if source.name not in known:
         raise ModelError(_unknown_model(source, sorted(known)))
     wanted = _tag(source)
-    if wanted is not None and source.name not in _OWN_WEIGHTS:
-        raise WeightsError(_no_weights(source))
     if wanted not in (None, "DEFAULT"):
         raise WeightsError(_unknown_tag(source, str(wanted), ["DEFAULT"]))
+    _reject_args(source, ("pretrained",))
 
     def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
+        file = _OWN_WEIGHTS.get(source.name)
         try:
-            model = known[source.name](**args)
+            # Where no file of ours has them, the weights are those of a backbone that timm has.
+            backbone = {"pretrained": True} if weights is not None and file is None else {}
+            model = known[source.name](**args, **backbone)
         except _FETCH_ERRORS as error:
-            if not args.get("pretrained"):
+            if weights is None:
                 raise
-            backbone = f"of the backbone '{args.get('backbone', 'mobilenetv2_100')}'"
-            raise WeightsError(_cannot_fetch(source, backbone, error)) from error
-        if weights is not None:
-            load_weights_file(model, shipped_folder() / _OWN_WEIGHTS[source.name])
+            raise WeightsError(_cannot_fetch(source, weights, error)) from error
+        if weights is not None and file is not None:
+            load_weights_file(model, shipped_folder() / file)
         return model
 
     return make
@@ -342,7 +341,7 @@ def _unknown_tag(source: Source, tag: str, known: list[str]) -> str:
 
 def _cannot_fetch(source: Source, weights: str, error: BaseException) -> str:
     return (
-        f"cannot get weights {weights} of {source.library} model '{source.name}': "
+        f"cannot get weights '{weights}' of {source.library} model '{source.name}': "
         f"{_in_words(error)}. Check the network, or put the file on this machine and "
         "set model.weights to its path, or to null for random weights."
     )

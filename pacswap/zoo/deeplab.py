@@ -22,7 +22,8 @@ class DeepLabV3(nn.Module):
         output_stride: of the backbone's last features: 8, 16 or 32.
         atrous_rates: of the pyramid's 3×3 convolutions; empty for none.
         channels: of the pyramid's output.
-        pretrained: start from timm's weights of the backbone, which are downloaded.
+        pretrained: start from timm's weights of the backbone, which are downloaded; in a recipe,
+            `weights: DEFAULT`.
 
     Example:
         >>> import torch
