@@ -55,7 +55,7 @@ def test_the_recipes_of_the_manual_are_valid():
 
 
 def test_every_command_named_in_the_readme_exists():
-    commands = set(re.findall(r"`?pacswap ([a-z]+) ", README))
+    commands = set(re.findall(r"(?:`|^)pacswap ([a-z]+) ", README, flags=re.MULTILINE))
     assert {"finetune", "apply", "cp"} <= commands
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert commands - known - {"ls"} == set()
