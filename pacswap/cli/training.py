@@ -64,8 +64,8 @@ def finetune(
                 progress=shown,
             )
     except KeyboardInterrupt as interrupt:
-        words = "interrupted before the training began. Start it again, with --resume."
-        raise Interrupted(str(interrupt) or words) from None
+        words = str(interrupt) or "interrupted between two trainings."
+        raise Interrupted(f"{words} Go on by the same command with --resume.") from None
     summary = done.summary
     if as_json:
         say(dumped(summary.as_dict()))

@@ -174,7 +174,12 @@ def _prove(run: _Run) -> None:
     chosen = decided(loaded, setting.section, setting.train, original, tell)
     run.setting = setting = replace(setting, loaded=chosen)
     arm = _arm(setting, UPGRADED, seed)
-    assert arm is not None
+    assert arm is not None and arm.plan is not None
+    if any(guidance.is_external for guidance in arm.plan.guidances):
+        raise TrainingError(
+            f"{loaded.path} asks for an external guidance, which no labelled data brings along. "
+            "Name a layer or 'input', or train in a loop of your own: docs/own_loop.md."
+        )
     verify(original, arm.model, torch.cat([images, images])[:2]).raise_if_failed()
     setting.say(Phase("measuring the latency"))
     run.latency = measure_latency(original, half_blended(arm.model), images[:1])
