@@ -218,11 +218,11 @@ def test_a_folder_that_is_taken(here, done, capsys):
 
 
 def test_a_run_of_another_recipe(here, done, capsys):
-    message = refused(capsys, "finetune", "r.yaml", "-o", str(done), "--resume")
+    change = "finetune.batch_size=2"
+    message = refused(capsys, "finetune", "r.yaml", change, "-o", str(done), "--resume")
     assert message == (
-        f"'{done}' holds a run of another recipe, so it cannot go on with this one. Compare with "
-        f"{done / 'recipe.yaml'}, which has every default written out, or name another folder: "
-        "-o FOLDER."
+        f"'{done}' holds a run of another recipe: finetune.batch_size is 4 there and 2 here. Go on "
+        "with the recipe as it was, or name another folder: -o FOLDER."
     )
 
 

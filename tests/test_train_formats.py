@@ -16,7 +16,7 @@ from train_data import opened, refused
 from pacswap.errors import DataError
 from pacswap.scenes import CLASSES
 from pacswap.train.data.scan import scan
-from pacswap.train.data.split import Split
+from pacswap.train.data.split import Split, shared_pictures
 
 
 def names(split: Split) -> list[str]:
@@ -62,7 +62,6 @@ def test_voc_is_torchvisions(tmp_path: Path) -> None:
     assert_equal(other.read(1)[1][0], torch.tensor([0, 20, -1, 1]))
 
 
-@pytest.mark.filterwarnings("ignore:1 picture is both")
 @pytest.mark.parametrize("inner", ["", "VOCdevkit", "VOCdevkit/VOC2009"])
 def test_voc_of_any_year_from_any_folder(tmp_path: Path, inner: str) -> None:
     train, _ = opened(
@@ -74,8 +73,11 @@ def test_voc_of_any_year_from_any_folder(tmp_path: Path, inner: str) -> None:
 def test_a_list_chooses_among_the_formats_pictures(tmp_path: Path) -> None:
     write_voc(tmp_path)
     (tmp_path / "mine.txt").write_text("2007_c\n2007_a.jpg\n")
-    with pytest.warns(UserWarning, match="1 picture is both"):
-        train, _ = opened(tmp_path, format="voc", train="mine.txt")
+    train, val = opened(tmp_path, format="voc", train="mine.txt")
+    assert shared_pictures(train, val) == (
+        "1 picture is both learnt from and measured on: '2007_c'. The measure then says little "
+        "about new pictures."
+    )
     assert names(train) == ["2007_c", "2007_a"]
     (tmp_path / "mine.txt").write_text("2007_c\n2007_d\n2007_c\n")
     assert refused(tmp_path, format="voc", train="mine.txt", classes=["a"]) == (

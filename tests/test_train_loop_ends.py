@@ -161,8 +161,8 @@ def test_no_number(tmp_path, how):
     pictures = [f"'{sample.name}'" for sample in given.train.samples]
     assert sum(name in words for name in pictures) == 4
     assert words.endswith(
-        f". Lower lr, or set clip_grad. The last checkpoint is '{checkpoint}'; resume goes on "
-        "from it."
+        ". Lower lr, or set clip_grad, for a new run in a new folder. The last checkpoint is "
+        f"'{checkpoint}'; resume goes on from it."
     )
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     model = Breaking(99, how)
@@ -190,7 +190,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path):
         train(given)
     assert str(raised.value) == (
         "'stem.1.running_var' of the network are no longer finite after step 1; they are not kept. "
-        "Lower lr, or set clip_grad. There is no earlier checkpoint."
+        "Lower lr, or set clip_grad, for a new run in a new folder. There is no earlier checkpoint."
     )
 
 
@@ -277,7 +277,7 @@ def test_fp16_needs_cuda(tmp_path):
         (
             {"accumulate": 5},
             "finetune.batch_size: 4 pictures cannot be divided among 1 processes and 5 parts. "
-            "Raise it to 5, or lower accumulate.",
+            "Raise it to 5, or lower accumulate, for a new run in a new folder.",
         ),
         (
             {"loss": {"class_weights": [1.0, 2.0]}},
@@ -323,7 +323,7 @@ def test_one_picture_at_a_time_is_too_few_for_a_batch_norm(tmp_path):
     assert refused(given()) == (
         "a batch norm of the network needs more than 1 picture at a time, and each of 1 processes "
         "takes 1 in each of 4 parts of a step. Raise finetune.batch_size, lower accumulate, or set "
-        "batch_norm: frozen."
+        "batch_norm: frozen, for a new run in a new folder."
     )
     train(given(batch_norm="frozen"))
 
@@ -336,6 +336,6 @@ def test_too_little_memory(tmp_path):
     model = Large()
     assert refused(job(tmp_path, model, roles=roles_of(model, None))) == (
         "cpu has too little memory for 4 pictures in 1 parts, at step 1. Raise "
-        "finetune.accumulate, lower batch_size or take a smaller crop. There is no earlier "
-        "checkpoint."
+        "finetune.accumulate, lower batch_size or take a smaller crop, for a new run in a new "
+        "folder. There is no earlier checkpoint."
     )

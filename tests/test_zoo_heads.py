@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pacswap
 from pacswap.errors import ModelError, WeightsError
@@ -66,6 +66,105 @@ def test_a_network_without_a_head_is_refused():
         "'aux_classifier', 'auxiliary_head', 'decode_head', 'segmentation_head', 'head'. Take "
         "model.num_classes out, and let model.args or a factory of yours make the head."
     )
+
+
+class Net(nn.Module):
+    """16 channels of features, made by nothing, and a head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.classifier = head
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(image)
+
+
+class ClassifierFirst(nn.Module):
+    """A head that registers what gives the logits before what feeds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(21, 21, 1)
+        self.fpn = nn.Conv2d(16, 21, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(self.fpn(image))
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    return Net(nn.Sequential(*layers))
+
+
+ENDS = {
+    "16_21_21": (lambda: chain(nn.Conv2d(16, 21, 3), nn.Conv2d(21, 21, 1)), "classifier.1", 5),
+    "16_16_16": (lambda: chain(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1)), "classifier.1", 5),
+    "depthwise": (lambda: chain(nn.Conv2d(16, 16, 3, groups=16)), "classifier.0", 32),
+    "grouped": (lambda: chain(nn.Conv2d(16, 8, 1, groups=4), nn.ReLU()), "classifier.0", 12),
+    "after_a_transposed": (
+        lambda: chain(nn.ConvTranspose2d(16, 8, 2, 2), nn.Conv2d(8, 8, 1), nn.Upsample(None, 2.0)),
+        "classifier.1",
+        5,
+    ),
+    "nested": (
+        lambda: chain(nn.Conv2d(16, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())),
+        "classifier.1.0",
+        5,
+    ),
+    "bare": (lambda: Net(nn.Conv2d(16, 8, 1)), "classifier", 5),
+    "classifier_first": (lambda: Net(ClassifierFirst()), "classifier.classifier", 5),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_head_with_a_new_end_runs(name):
+    make, renewed, classes = ENDS[name]
+    with torch.device("meta"):
+        net, image = make(), torch.zeros(1, 16, 8, 8)
+    kept = {key: value for key, value in net.named_parameters() if not key.startswith(renewed)}
+    before = net.get_submodule(renewed)
+    assert renew_heads(net, classes) == [renewed]
+    after = net.get_submodule(renewed)
+    assert after is not before
+    assert after.groups == before.groups
+    assert net(image).shape[1] == classes
+    assert all(net.get_parameter(key) is value for key, value in kept.items())
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
+def test_as_many_classes_as_the_head_has_channels_inside(name):
+    """Renewed twice: the second time, the convolutions inside have as many channels as the last."""
+    channels = {"deeplabv3_resnet50": 256, "lraspp_mobilenet_v3_large": 128}[name]
+    net = build(Source("torchvision", name, num_classes=channels), meta=True).eval()
+    assert renew_heads(net, 7) == HEADS[name]
+    image = torch.zeros(1, 3, 64, 64, device="meta")
+    assert net(image)["out"].shape == (1, 7, 64, 64)
+
+
+WAY_OUT = "Take model.num_classes out, and let model.args or a factory of yours make the head."
+REFUSED = {
+    "transposed": (
+        lambda: chain(nn.Conv2d(16, 8, 1), nn.ConvTranspose2d(8, 8, 2, 2)),
+        "cannot give the network a head of 5 classes: classifier.1, which gives its logits, is a "
+        f"ConvTranspose2d, not a Conv2d. {WAY_OUT}",
+    ),
+    "grouped": (
+        lambda: chain(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=16)),
+        "cannot give the network a head of 5 classes: classifier.1, which gives its logits, has 16 "
+        f"groups, which do not divide 5. {WAY_OUT}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_head_that_cannot_be_renewed_is_refused(name):
+    make, message = REFUSED[name]
+    net = make()
+    net.aux_classifier = nn.Conv2d(16, 8, 1)
+    before = list(net.modules())
+    with pytest.raises(ModelError) as raised:
+        renew_heads(net, 5)
+    assert str(raised.value) == message
+    assert all(new is old for new, old in zip(net.modules(), before, strict=True))
 
 
 def test_it_is_saved_and_loaded(tmp_path):

@@ -64,6 +64,15 @@ def steps_shown(steps: int) -> Iterator[Callable[[str], None]]:
         yield step
 
 
+@contextmanager
+def said_if_interrupted(words: str) -> Iterator[None]:
+    """Say these words if Ctrl-C comes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(words) from None
+
+
 def print_table(head: list[str], rows: list[list[str]]) -> None:
     """Print columns with their heads."""
     from pacswap.surgery.table import columns

@@ -16,6 +16,7 @@ from pacswap.cli.base import (
     TrustPython,
     app,
     dumped,
+    said_if_interrupted,
     say,
 )
 from pacswap.cli.training import count_shown
@@ -85,7 +86,8 @@ def show(
     picture = torch.from_numpy(read_picture(image).copy()).permute(2, 0, 1)
     pixels = None if at is None else [_pixel(text) for text in at]
     mean, std = _scales(where, model)
-    written = run(model, picture, output, pixels, mean=mean, std=std)
+    with said_if_interrupted(f"interrupted; what was drawn until then lies in {output}."):
+        written = run(model, picture, output, pixels, mean=mean, std=std)
     if as_json:
         say(dumped({"written": [str(path) for path in written]}))
     else:
@@ -105,10 +107,9 @@ def _scales(folder: Path, model: Any) -> tuple[tuple[float, ...], tuple[float, .
     """How the model's pictures are normalised: as it was trained, or as it was built."""
     from pacswap.checkpoint import RECIPE
     from pacswap.recipes import load_recipe
+    from pacswap.train.setting import scales_of
     from pacswap.zoo import normalization
 
     finetune = load_recipe(folder / RECIPE).recipe.finetune
-    mean, std = normalization(model)
-    if finetune is None:
-        return mean, std
-    return tuple(finetune.data.mean or mean), tuple(finetune.data.std or std)
+    mean, std = normalization(model) if finetune is None else scales_of(finetune.data, model)
+    return tuple(mean), tuple(std)

@@ -21,6 +21,7 @@ from pacswap.cli.base import (
     app,
     dumped,
     print_table,
+    said_if_interrupted,
     say,
 )
 
@@ -64,8 +65,10 @@ def finetune(
                 progress=shown,
             )
     except KeyboardInterrupt as interrupt:
-        words = str(interrupt) or "interrupted between two trainings."
+        words = str(interrupt) or "interrupted outside a training; what was trained is kept."
         raise Interrupted(f"{words} Go on by the same command with --resume.") from None
+    if not done.main:  # one process speaks for all
+        return
     summary = done.summary
     if as_json:
         say(dumped(summary.as_dict()))
@@ -122,7 +125,8 @@ def predict(
     from pacswap.train.trained import predict as run
 
     trained = open_trained(folder, trust_python=trust_python)
-    with count_shown("segmenting") as shown:
+    words = f"interrupted; what was done until then lies in {output}."
+    with said_if_interrupted(words), count_shown("segmenting") as shown:
         written = run(trained, images, output, overlays=overlays, progress=shown)
     if as_json:
         say(dumped({"written": [str(path) for path in written]}))
@@ -206,10 +210,6 @@ class _RunShown:
             typer.echo(text, err=True)
         else:
             self.bar.console.print(text, markup=False, highlight=False)
-
-
-def _name(arm: Any) -> str:
-    return f"{arm.name}, seed {arm.seed}"
 
 
 @contextmanager

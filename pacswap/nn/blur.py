@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,11 @@ def reduced(image: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return image
     H, W = image.shape[-2:]
+    if torch.compiler.is_compiling():
+        ones = image.new_ones(1, 1, H, W)
+        return F.avg_pool2d(_whole(image, factor), factor) / F.avg_pool2d(
+            _whole(ones, factor), factor
+        )
     top, bottom = _overhang(H, factor)
     left, right = _overhang(W, factor)
     border = (left, right, top, bottom)
@@ -45,10 +51,30 @@ def restored(message: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     message = F.interpolate(message, size=large, mode="bilinear", align_corners=False)
     top, bottom = _overhang(size[0], factor)
     left, right = _overhang(size[1], factor)
+    if torch.compiler.is_compiling():
+        return _window(message, (top, left), size)
     if not any((top, bottom, left, right)):
         return message
-    # Not a slice: with one, torch.export remembers whether the example's sizes divide.
     return F.pad(message, (-left, -right, -top, -bottom))
+
+
+def _whole(image: Tensor, factor: int) -> Tensor:
+    """The image within zeros, both sides multiples of the factor; [B, C, H, W] of any size."""
+    H, W = image.shape[-2:]
+    size = ((H + factor - 1) // factor * factor, (W + factor - 1) // factor * factor)
+    most = factor - 1
+    start = (most - _overhang(H, factor)[0], most - _overhang(W, factor)[0])
+    return _window(F.pad(image, (most, most, most, most)), start, size)
+
+
+def _window(image: Tensor, start: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A slice of rows and columns that sets torch.export no condition on the sizes.
+
+    A slice, or a pad by what is lacking, makes it remember whether the example's sizes divide.
+    """
+    for dim, first, length in zip((-2, -1), start, size, strict=True):
+        image = image.index_select(dim, torch.arange(length, device=image.device) + first)
+    return image
 
 
 def _overhang(length: int, factor: int) -> tuple[int, int]:

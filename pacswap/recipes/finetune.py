@@ -184,14 +184,25 @@ class StageSection(Section):
 class ControlSection(Section):
     """What the result is compared with: the network that nobody swapped, trained alike."""
 
-    seeds: Annotated[tuple[_Seed, ...], Strict(False), Field(min_length=1)] = Field(
-        default=(0,), description="Train once per seed, the control and the upgraded network."
+    seeds: Annotated[tuple[_Seed, ...], Strict(False), Field(min_length=1)] | None = Field(
+        default=None,
+        description="Train once per seed, the control and the upgraded network; null is "
+        "finetune.seed.",
     )
     capacity: bool = Field(
         default=False,
-        description="Also train the upgraded network with every adapting kernel held constant: as "
-        "many parameters, and nothing adapts.",
+        description="Also train the upgraded network with every adapting kernel held constant: the "
+        "same filters and blends, and nothing adapts.",
     )
+
+    @classmethod
+    def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:
+        """No seed twice."""
+        seeds = raw.get("seeds")
+        listed = list(seeds) if isinstance(seeds, list | tuple) else []
+        for index, seed in enumerate(listed):
+            if seed in listed[:index]:
+                yield Breach(("seeds", index), f"expected each seed once, got {got(seed)} again.")
 
 
 class EvaluateSection(Section):
@@ -256,7 +267,9 @@ class FinetuneSection(Section):
     )
     loss: LossSection = Field(default_factory=LossSection, description="What training makes small.")
     batch_norm: Literal["train", "frozen"] = Field(
-        default="train", description="Whether batch norms go on gathering statistics."
+        default="train",
+        description="Whether batch norms go on gathering statistics; they rest in a stage in which "
+        "only what was added learns.",
     )
     clip_grad: Above0 | None = Field(
         default=None, description="The greatest norm of the whole gradient; null leaves it alone."

@@ -55,13 +55,14 @@ def make_arm(name: str, loaded: LoadedRecipe, original: nn.Module, images: Tenso
     model = rewrite(original, plan)
     roles = roles_of(model, plan)
     if name == CONTROL:
-        return Arm(name, original, roles_of(original, None, swapped=roles.swapped), None)
+        control = roles_of(original, None, swapped=roles.swapped, absent=roles.added)
+        return Arm(name, original, control, None)
     if name == CAPACITY:
         held = _constant(original, plan)
         if held is None:
             return None
         model, plan = rewrite(original, held), held
-        roles = roles_of(model, plan, swapped=roles.swapped)
+        roles = roles_of(model, plan, swapped=roles.swapped, absent=roles.added)
     calibrate(model, plan, images)
     return Arm(name, model, roles, plan)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,9 +57,10 @@ def probe_recipe(
     section = section_of(loaded)
     train, _ = open_data(section.data, folder_of(loaded, ("finetune", "data", "root")))
     scan(train)
-    model = built(loaded, trust_python, seed=section.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = built(loaded, trust_python, seed=section.seed).to(device)
     scales = scales_of(section.data, model)
-    batches = _batches(section, train, scales, section.seed)
+    batches = _batches(section, train, scales, device)
     check_classes(model.eval(), loaded.recipe, next(batches)[0][:1], len(train.classes))
     return probe(
         model,
@@ -92,7 +94,7 @@ def decided(
         RecipeError: nothing can be chosen.
     """
     scales = scales_of(section.data, model)
-    batches = _batches(section, train, scales, section.seed)
+    batches = _batches(section, train, scales, next(model.parameters()).device)
     return resolve_auto(loaded, model, batches, loss_of(train), report=report)
 
 
@@ -112,16 +114,17 @@ def _batches(
     section: FinetuneSection,
     train: Split,
     scales: tuple[Sequence[float], Sequence[float]],
-    seed: int,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The pictures that training would begin with; read in this process."""
     batches = Batches(
         train,
         section.data.transforms,
         batch_size=section.batch_size,
-        seed=seed,
+        seed=section.seed,
         mean=scales[0],
         std=scales[1],
+        device=device,
     )
     for batch in batches.from_step(0):
         yield batch.images, batch.masks

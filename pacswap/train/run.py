@@ -7,11 +7,13 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pacswap.checkpoint import source_of
 from pacswap.errors import TrainingError
 from pacswap.recipes import StageSection, find_recipe, load_recipe
 from pacswap.report import Latency, measure_latency, versions
@@ -19,9 +21,14 @@ from pacswap.surgery import Plan, disabled, verify
 from pacswap.surgery.words import deed
 from pacswap.train.arms import Arm, make_arm
 from pacswap.train.choose import decided
+from pacswap.train.data.batches import Batches
+from pacswap.train.data.split import shared_pictures
 from pacswap.train.diagnose import diagnose
+from pacswap.train.engine.begin import checked_groups
+from pacswap.train.engine.device import on_main
 from pacswap.train.engine.events import Event, Note
-from pacswap.train.engine.loop import Job, train
+from pacswap.train.engine.job import Job
+from pacswap.train.engine.loop import train
 from pacswap.train.measure.curves import draw_curves
 from pacswap.train.measure.infer import evaluate
 from pacswap.train.measure.metrics import Scores
@@ -49,7 +56,8 @@ from pacswap.train.setting import (
 )
 from pacswap.train.trained import keep_model
 from pacswap.train.views import Views
-from pacswap.upgrade import built, half_blended
+from pacswap.upgrade import built, calibration_images, half_blended, planned
+from pacswap.zoo import has_trained_head
 
 LOG = "log.csv"
 _BEFORE = "before fine-tuning"
@@ -66,12 +74,14 @@ class Finetuned:
         plan: what was done to it.
         summary: the figures.
         folder: the run's.
+        main: whether this process is the one that wrote; others hold the same figures.
     """
 
     model: nn.Module
     plan: Plan
     summary: RunSummary
     folder: Path
+    main: bool = True
 
 
 @dataclass
@@ -144,8 +154,11 @@ def finetune(
     asked = setting.section.control
     arms = [UPGRADED] if asked is None and not control else [CONTROL, UPGRADED]
     arms += [CAPACITY] if asked is not None and asked.capacity else []
-    seeds = (setting.section.seed,) if asked is None else asked.seeds
+    seeds = (asked.seeds if asked is not None else None) or (setting.section.seed,)
     run = _Run(setting, arms, seeds, Views(setting.val, setting.section.evaluate))
+    shared = shared_pictures(setting.train, setting.val)
+    if shared is not None:
+        run.warn(shared)
     _prove(run)
     _train_all(run, resume=resume)
     assert run.kept is not None and run.kept.plan is not None
@@ -154,7 +167,7 @@ def finetune(
     words = ["pacswap", "finetune", os.fspath(recipe), *overrides, "-o", os.fspath(folder)]
     words += ["--control"] * control + ["--trust-python"] * trust_python
     summary = _report(run, shlex.join(words), began)
-    return Finetuned(model, run.kept.plan, summary, folder)
+    return Finetuned(model, run.kept.plan, summary, folder, setting.main)
 
 
 def _prove(run: _Run) -> None:
@@ -162,10 +175,11 @@ def _prove(run: _Run) -> None:
     setting = run.setting
     setting.say(Phase("verifying the promises"))
     loaded, seed = setting.loaded, run.seeds[0]
-    original = built(loaded, setting.trust_python, seed=seed).eval()
+    device = setting.accelerator.device
+    original = built(loaded, setting.trust_python, seed=seed).eval().to(device)
     scales = scales_of(setting.section.data, original)
     height, width = setting.val.read(0)[0].shape[-2:]
-    images = some_images(setting.train, 2, (height, width), scales)
+    images = some_images(setting.train, 2, (height, width), scales).to(device)
     check_classes(original, loaded.recipe, images[:1], len(setting.val.classes))
 
     def tell(group: str, probed: Probed) -> None:
@@ -173,22 +187,23 @@ def _prove(run: _Run) -> None:
 
     chosen = decided(loaded, setting.section, setting.train, original, tell)
     run.setting = setting = replace(setting, loaded=chosen)
-    arm = _arm(setting, UPGRADED, seed)
+    arms = {name: _arm(setting, name, seed) for name in run.arms}
+    arm = arms[UPGRADED]
     assert arm is not None and arm.plan is not None
     if any(guidance.is_external for guidance in arm.plan.guidances):
         raise TrainingError(
             f"{loaded.path} asks for an external guidance, which no labelled data brings along. "
             "Name a layer or 'input', or train in a loop of your own: docs/own_loop.md."
         )
+    for each in filter(None, arms.values()):
+        _check(run, each, scales)
     verify(original, arm.model, torch.cat([images, images])[:2]).raise_if_failed()
     setting.say(Phase("measuring the latency"))
     run.latency = measure_latency(original, half_blended(arm.model), images[:1])
-    source = loaded.recipe.model
-    if source.weights is not None and source.num_classes is None:
+    if has_trained_head(source_of(loaded.recipe)):
         setting.say(Phase("measuring the network before fine-tuning"))
-        device = setting.accelerator.device
         run.before = evaluate(
-            original.to(device),
+            original,
             setting.val,
             setting.section.evaluate,
             mean=scales[0],
@@ -199,13 +214,52 @@ def _prove(run: _Run) -> None:
         run.views.add(_BEFORE, original, *scales)
 
 
+def _check(run: _Run, arm: Arm, scales: tuple[Sequence[float], Sequence[float]]) -> None:
+    """What training an arm would complain of, before anything is trained."""
+    setting, section = run.setting, run.setting.section
+    job = _job(setting, arm, run.seeds[0], scales)
+    checked_groups(job, setting.accelerator)
+    Batches(
+        job.train,
+        section.data.transforms,
+        batch_size=section.batch_size,
+        seed=job.seed,
+        mean=job.mean,
+        std=job.std,
+        rank=setting.accelerator.process_index,
+        world=setting.accelerator.num_processes,
+    )
+
+
+def _job(
+    setting: Setting, arm: Arm, seed: int, scales: tuple[Sequence[float], Sequence[float]]
+) -> Job:
+    return Job(
+        model=arm.model,
+        section=setting.section,
+        train=setting.train,
+        val=setting.val,
+        roles=arm.roles,
+        seed=seed,
+        folder=setting.place_of(arm.name, seed),
+        mean=scales[0],
+        std=scales[1],
+        arm=arm.name,
+    )
+
+
 def _arm(setting: Setting, name: str, seed: int) -> Arm | None:
     """A network of that name, its bandwidths set on pictures that it will learn from."""
-    plain = built(setting.loaded, setting.trust_python, seed=seed)
-    scales = scales_of(setting.section.data, plain)
-    size = setting.val.read(0)[0].shape[-2:]
-    images = some_images(setting.train, _CALIBRATION, size, scales)
-    return make_arm(name, setting.loaded, plain, images)
+    loaded, device = setting.loaded, setting.accelerator.device
+    plain = built(loaded, setting.trust_python, seed=seed).to(device)
+    section = loaded.recipe.calibration
+    if section is not None and section.images is not None:
+        images = calibration_images(loaded, plain, planned(loaded, plain))
+    else:
+        scales = scales_of(setting.section.data, plain)
+        size = setting.val.read(0)[0].shape[-2:]
+        images = some_images(setting.train, _CALIBRATION, size, scales)
+    return make_arm(name, loaded, plain, images.to(device))
 
 
 def _train_all(run: _Run, *, resume: bool) -> None:
@@ -222,28 +276,16 @@ def _train_all(run: _Run, *, resume: bool) -> None:
             )
             continue
         mean, std = scales_of(section.data, arm.model)
-        place = setting.place_of(name, seed)
-        job = Job(
-            model=arm.model,
-            section=section,
-            train=setting.train,
-            val=setting.val,
-            roles=arm.roles,
-            seed=seed,
-            folder=place,
-            mean=mean,
-            std=std,
-            arm=name,
-        )
+        job = _job(setting, arm, seed, (mean, std))
 
         def say(event: Event) -> None:
-            if isinstance(event, Note):
+            if isinstance(event, Note) and event.warning:
                 run.warn(event.text)
             setting.say(event)
 
         done = train(job, resume=resume, progress=say)
         result = ArmResult(
-            name, seed, done.scores, done.steps, done.seconds, done.best_step, place / LOG
+            name, seed, done.scores, done.steps, done.seconds, done.best_step, job.folder / LOG
         )
         run.results.append(result)
         if seed == run.seeds[0]:
@@ -251,8 +293,10 @@ def _train_all(run: _Run, *, resume: bool) -> None:
         if seed == run.seeds[0] and name == UPGRADED:
             run.kept = arm
             assert arm.plan is not None
-            if setting.main:
-                keep_model(arm.model, setting.loaded, arm.plan, setting.val, setting.folder / MODEL)
+            keep = partial(
+                keep_model, arm.model, setting.loaded, arm.plan, setting.val, setting.folder / MODEL
+            )
+            on_main(setting.accelerator, keep)
 
 
 def _look_inside(run: _Run, model: nn.Module) -> None:
@@ -306,9 +350,7 @@ def _report(run: _Run, command: str, began: float) -> RunSummary:
         pictures=pictures,
         curves=curves,
     )
-    if setting.main:
-        write_report(summary, setting.folder)
-    setting.accelerator.wait_for_everyone()
+    on_main(setting.accelerator, lambda: write_report(summary, setting.folder))
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from pacswap.errors import RecipeError, TrainingError, quoted
-from pacswap.recipes import DataSection, FinetuneSection, LoadedRecipe, Recipe, dump_recipe
+from pacswap.recipes import (
+    DataSection,
+    FinetuneSection,
+    LoadedRecipe,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+)
 from pacswap.train.arms import FOLDERS
 from pacswap.train.data.batches import normalized
 from pacswap.train.data.scan import scan
 from pacswap.train.data.split import Split, open_data
-from pacswap.train.engine.device import make_accelerator
+from pacswap.train.engine.begin import MAY_CHANGE
+from pacswap.train.engine.device import make_accelerator, on_main
 from pacswap.train.engine.events import Event
+from pacswap.train.engine.state import differences
 from pacswap.train.outputs import logits_of
 from pacswap.train.writing import write_file
 from pacswap.upgrade import folder_of
@@ -31,6 +41,9 @@ RECIPE = "recipe.yaml"
 # All that a run writes into its folder, beside a folder for each seed.
 MODEL, REPORTS, CURVES, PICTURES = "model", ("report.md", "report.json"), "curves.png", "pictures"
 _SEED = "seed-"
+_WRITTEN = (RECIPE, MODEL, *REPORTS, CURVES, PICTURES)
+# What a run that was killed in the middle of writing leaves.
+_DRAFT = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.[0-9a-f]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -112,19 +125,24 @@ def prepare(
     """
     section = section_of(loaded)
     accelerator = make_accelerator(section.precision)
-    if accelerator.is_main_process:
-        check_folder(folder, loaded, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: check_folder(folder, loaded, resume=resume, overwrite=overwrite))
     say(Phase("looking for pictures"))
     train, val = open_data(section.data, folder_of(loaded, ("finetune", "data", "root")))
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         for split in (train, val):
             what = "learn from" if split is train else "measure on"
             say(Phase(f"reading {len(split)} pictures to {what}"))
-            scan(split)
+            scan(split, one_size=split is train and _stacks(section))
         _begin(folder, loaded, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, begin)
     return Setting(loaded, section, train, val, folder, accelerator, trust_python, say)
+
+
+def _stacks(section: FinetuneSection) -> bool:
+    """Whether pictures are put into batches as they are."""
+    return section.batch_size > 1 and section.data.transforms.crop is None
 
 
 def section_of(loaded: LoadedRecipe) -> FinetuneSection:
@@ -148,44 +166,124 @@ def check_folder(folder: Path, loaded: LoadedRecipe, *, resume: bool, overwrite:
     Raises:
         TrainingError: it does.
     """
-    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"'{folder}' is a file. Name another folder: -o FOLDER.")
-    known = {RECIPE, MODEL, *REPORTS, CURVES, PICTURES}
-    strange = [n for n in inside if n not in known and not n.startswith((_SEED, "."))]
-    if inside and (strange or RECIPE not in inside):
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not inside:
+        return
+    strange = _strange(folder)
+    if not overwrite:  # nothing is removed then, so .git may stay
+        strange = [name for name in strange if not name.startswith(".")]
+    begun = RECIPE in inside or all(map(_DRAFT.fullmatch, inside))
+    if strange or not begun:
         named = quoted(strange[:3]) or quoted(inside[:3])
         raise TrainingError(
             f"'{folder}' holds {named}, which no run of pacswap wrote. Name another folder: "
             "-o FOLDER."
         )
-    if inside and not (resume or overwrite):
+    if not (resume or overwrite):
         raise TrainingError(
             f"'{folder}' holds a run. Go on with it: --resume. Or replace it: --overwrite. Or name "
             "another folder: -o FOLDER."
         )
-    if inside and not overwrite and _text(folder / RECIPE) != dump_recipe(loaded.recipe):
+    if overwrite:
+        _check_use(folder, loaded)
+    elif RECIPE in inside:
+        _check_recipe(folder, loaded)
+
+
+def _strange(folder: Path) -> list[str]:
+    """What no run wrote: names in the folder, and such as seed-0/notes.txt."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if _is_seed(path):
+            names = sorted(one.name for one in path.iterdir())
+            found += [f"{path.name}/{n}" for n in names if n not in FOLDERS.values()]
+        elif path.name not in _WRITTEN and not _DRAFT.fullmatch(path.name):
+            found.append(path.name)
+    return found
+
+
+def _is_seed(path: Path) -> bool:
+    named = re.fullmatch(rf"{_SEED}\d+", path.name)
+    return named is not None and path.is_dir() and not path.is_symlink()
+
+
+def _check_use(folder: Path, loaded: LoadedRecipe) -> None:
+    """Refuse to replace a folder that is needed."""
+    place = folder.resolve()
+    if place in (Path.cwd(), *Path.cwd().parents):
+        what = "is where you are working"
+    elif place in loaded.path.resolve().parents:
+        what = f"holds the recipe {loaded.path}"
+    else:
+        return
+    raise TrainingError(
+        f"'{folder}' {what}, so it is not replaced. Name another folder: -o FOLDER."
+    )
+
+
+def _check_recipe(folder: Path, loaded: LoadedRecipe) -> None:
+    """Refuse to go on with another recipe; what changes no training may differ."""
+    try:
+        there = _compared(load_recipe(folder / RECIPE).recipe)
+    except RecipeError as error:
         raise TrainingError(
-            f"'{folder}' holds a run of another recipe, so it cannot go on with this one. "
-            f"Compare with {folder / RECIPE}, which has every default written out, or name "
+            f"'{folder}' cannot be resumed, for its own recipe cannot be read: {error}\nName "
             "another folder: -o FOLDER."
+        ) from error
+    differing = differences(there, _compared(loaded.recipe))
+    if differing:
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise TrainingError(
+            f"'{folder}' holds a run of another recipe: {'; '.join(differing[:3])}{more}. Go on "
+            "with the recipe as it was, or name another folder: -o FOLDER."
         )
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+def _compared(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe has to stay for a run to be resumed."""
+    return recipe.model_dump(mode="json", by_alias=True, exclude={"finetune": MAY_CHANGE})
 
 
 def _begin(folder: Path, loaded: LoadedRecipe, *, overwrite: bool) -> None:
     """Empty the folder where asked, and write down what is trained there."""
+    recipe, text = folder / RECIPE, dump_recipe(loaded.recipe)
     try:
         if overwrite and folder.exists():
-            shutil.rmtree(folder)
+            _empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # A file that was written by hand, in a folder that was taken for a run's, stays as it is.
+        kept = not overwrite and recipe.exists() and not _is_dumped(recipe)
     except OSError as error:
         raise TrainingError(f"cannot write '{folder}': {error}.") from error
-    if not (folder / RECIPE).exists():
-        write_file(folder / RECIPE, dump_recipe(loaded.recipe))
+    if not kept:
+        write_file(recipe, text)
+
+
+def _is_dumped(recipe: Path) -> bool:
+    """Whether a run wrote the file."""
+    return dump_recipe(load_recipe(recipe).recipe) == recipe.read_text(encoding="utf-8")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run wrote, except the recipe, by which the folder is known for a run's."""
+    for path in sorted(folder.iterdir()):
+        if path.name == RECIPE:
+            continue
+        if _is_seed(path):
+            for name in FOLDERS.values():
+                _remove(path / name)
+            path.rmdir()
+        elif path.name in _WRITTEN or _DRAFT.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def scales_of(section: DataSection, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from pacswap.checkpoint import CLASSES, RECIPE, load, new_folder, pinned, write_model
@@ -18,8 +20,8 @@ from pacswap.recipes import LoadedRecipe, Recipe, load_recipe, recipe_data
 from pacswap.surgery import Plan
 from pacswap.train.data.batches import normalized
 from pacswap.train.data.labels import Colour, drawing_palette
-from pacswap.train.data.lists import picture_suffixes
-from pacswap.train.data.pictures import read_picture
+from pacswap.train.data.lists import located, picture_suffixes
+from pacswap.train.data.pictures import FileReader, read_picture
 from pacswap.train.data.scan import scan
 from pacswap.train.data.split import Split, open_data
 from pacswap.train.measure.infer import evaluate as measure
@@ -30,6 +32,9 @@ from pacswap.train.setting import MODEL, scales_of, section_of
 from pacswap.upgrade import folder_of
 
 Count = Callable[[int, int], None]
+
+# What torchvision's formats call their own splits: a file of such a name is not looked for.
+_OWN_SPLITS = frozenset(("train", "val", "trainval", "test", "train_noval"))
 
 
 def keep_model(
@@ -55,12 +60,55 @@ def keep_model(
 
 
 def _portable(loaded: LoadedRecipe, split: Split) -> Recipe:
-    """The recipe with its data named so that it is found from anywhere on this machine."""
+    """The recipe with its data named so that it is found from anywhere on this machine.
+
+    What lies in the data's folder keeps its name, so that other data can be laid over `root`.
+    """
     data = recipe_data(loaded.recipe)
-    if split.root is not None:
-        data["finetune"]["data"]["root"] = str(split.root.resolve())
-    data["finetune"]["data"]["classes"] = list(split.classes)
+    section, root = data["finetune"]["data"], split.root
+    beside = folder_of(loaded, ("finetune", "data", "root"))
+    if root is not None:
+        section["root"] = str(root.resolve())
+        for key in ("train", "val"):
+            section[key] = _lasting(section[key], section["format"], root, beside)
+    if root is not None and _is_read_by_colours_of_a_file(split):
+        # Said in `palette`, the colours would be those of index masks as well.
+        file = located(section["classes"], root, beside)
+        assert file is not None
+        section["classes"] = _absolute(file)
+    else:
+        section["classes"] = list(split.classes)
     return Recipe.model_validate(data)
+
+
+def _lasting(given: str | None, style: str, root: Path, beside: Path) -> str | None:
+    """A split's name; of a list beside the recipe its absolute path."""
+    if given is None or (style not in ("folder", "coco") and given in _OWN_SPLITS):
+        return given
+    for name in (given, f"{given}.txt") if style == "folder" else (given,):
+        found = located(name, root, beside)
+        if found is not None:
+            return given if found == root / name else _absolute(found)
+    return given
+
+
+def _absolute(file: Path) -> str:
+    return str(file.parent.resolve() / file.name)  # a link keeps its name, which says what it is
+
+
+def _is_read_by_colours_of_a_file(split: Split) -> bool:
+    """Whether some masks are colour pictures, and a file of classes says what they mean."""
+    reader = split.reader
+    if not isinstance(reader, FileReader) or reader.labels.palette is None:
+        return False
+    if reader.labels.by_colour:  # by the recipe's own palette
+        return False
+    return any(_is_coloured(sample.mask) for sample in split.samples if sample.mask is not None)
+
+
+def _is_coloured(mask: Path) -> bool:
+    with Image.open(mask) as picture:  # its header only
+        return len(picture.getbands()) > 2  # grey with transparency has 2
 
 
 @dataclass(frozen=True)
@@ -179,8 +227,7 @@ def predict(
         DataError: a path holds no picture; nothing is written then.
         TrainingError: a file cannot be written.
     """
-    output = Path(output)
-    targets = _targets([Path(path) for path in paths], output)
+    targets = _targets([Path(path) for path in paths], Path(output), overlays=overlays)
     section = section_of(trained.loaded)
     scales = scales_of(section.data, trained.model)
     written = []
@@ -191,12 +238,16 @@ def predict(
         written.append(write_picture(target, palette_image(mask, trained.palette)))
         if overlays:
             drawn = overlay(pixels, mask, trained.palette)
-            written.append(write_picture(target.with_name(f"{target.stem}_overlay.png"), drawn))
+            written.append(write_picture(_overlay_of(target), drawn))
         progress(number + 1, len(targets))
     return written
 
 
-def _targets(paths: Sequence[Path], output: Path) -> dict[Path, Path]:
+def _overlay_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_overlay.png")
+
+
+def _targets(paths: Sequence[Path], output: Path, *, overlays: bool) -> dict[Path, Path]:
     """Where each picture's mask goes, with every fault said at once."""
     found: dict[Path, Path] = {}
     faults = []
@@ -211,7 +262,8 @@ def _targets(paths: Sequence[Path], output: Path) -> dict[Path, Path]:
             read_picture(picture)
         except DataError as error:
             faults.append(str(error))
-    doubled = {target for target in found.values() if [*found.values()].count(target) > 1}
+    files = [*found.values(), *(_overlay_of(target) for target in found.values() if overlays)]
+    doubled = [target for target, count in Counter(files).items() if count > 1]
     faults += [f"several pictures would be written to '{target}'." for target in sorted(doubled)]
     faults += [
         f"'{picture}' would be replaced by its own mask. Name another output."

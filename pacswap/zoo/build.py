@@ -130,6 +130,13 @@ def input_size(source: Source, model: nn.Module) -> tuple[int, int, int] | None:
     return None if size is None else (size[0], size[1], size[2])
 
 
+def has_trained_head(source: Source) -> bool:
+    """Whether a model comes with weights for its head, and not for a backbone only."""
+    if source.weights is None or source.num_classes is not None:
+        return False
+    return source.library != "pacswap" or source.name in _OWN_WEIGHTS or _tag(source) is None
+
+
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images a model was trained on (ImageNet's by default)."""
     for network in (model, getattr(model, "backbone", None)):

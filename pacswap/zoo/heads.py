@@ -16,12 +16,14 @@ HEADS = (
     "head",
 )
 
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
 
 def renew_heads(model: nn.Module, num_classes: int) -> list[str]:
     """Replace the last convolutions of a segmentation network by random ones, in place.
 
-    All convolutions of a head that give the classes are replaced (torchvision's LR-ASPP has two of
-    them), whatever comes before keeps its weights. A head that has so many classes already is
+    Of each head the convolution that gives the classes is replaced (torchvision's LR-ASPP has two
+    of them), whatever comes before keeps its weights. A head that has so many classes already is
     replaced too: its classes are others.
 
     Args:
@@ -32,12 +34,13 @@ def renew_heads(model: nn.Module, num_classes: int) -> list[str]:
         The names of the replaced convolutions.
 
     Raises:
-        ModelError: the network has no such head.
+        ModelError: the network has no such head, or one that cannot give so many channels; it is
+            then as it was.
     """
     found = {
         f"{head}.{name}" if name else head: conv
         for head in HEADS
-        for name, conv in _last_convolutions(getattr(model, head, None))
+        for name, conv in _last_convolutions(getattr(model, head, None), "")
     }
     if not found:
         raise ModelError(
@@ -45,24 +48,49 @@ def renew_heads(model: nn.Module, num_classes: int) -> list[str]:
             f"convolution under {quoted(HEADS)}. Take model.num_classes out, and let "
             "model.args or a factory of yours make the head."
         )
-    for name, conv in found.items():
+    renewed = {name: _with_outputs(name, conv, num_classes) for name, conv in found.items()}
+    for name, conv in renewed.items():
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, _with_outputs(conv, num_classes))
+        setattr(model.get_submodule(parent), last, conv)
     if "num_classes" in vars(model):
         vars(model)["num_classes"] = num_classes
     return list(found)
 
 
-def _last_convolutions(head: nn.Module | None) -> list[tuple[str, nn.Conv2d]]:
-    """The last convolution of a head, and those before that give as many channels."""
-    modules = [] if head is None else list(head.named_modules())
-    convs = [(name, module) for name, module in modules if isinstance(module, nn.Conv2d)]
-    classes = convs[-1][1].out_channels if convs else 0
-    return [(name, conv) for name, conv in convs if conv.out_channels == classes]
+def _last_convolutions(module: nn.Module | None, name: str) -> list[tuple[str, nn.Module]]:
+    """The convolution that gives the logits, with its name; the branches of LR-ASPP have one each.
+
+    Children stand in the order in which they run, except that transformers' UPerNet makes its
+    `classifier` first: children called so go before the last one.
+    """
+    if isinstance(module, _CONVOLUTIONS):
+        return [(name, module)]
+    children = [] if module is None else list(module.named_children())
+    with_convs = [
+        (child_name, child)
+        for child_name, child in children
+        if any(isinstance(inner, _CONVOLUTIONS) for inner in child.modules())
+    ]
+    named = [pair for pair in with_convs if pair[0].endswith("classifier")]
+    return [
+        found
+        for child_name, child in named or with_convs[-1:]
+        for found in _last_convolutions(child, f"{name}.{child_name}" if name else child_name)
+    ]
 
 
-def _with_outputs(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+def _with_outputs(name: str, conv: nn.Module, channels: int) -> nn.Conv2d:
     """A convolution like it, with other outputs and random weights."""
+    refusal = (
+        f"cannot give the network a head of {channels} classes: {name}, which gives its logits,"
+    )
+    way_out = "Take model.num_classes out, and let model.args or a factory of yours make the head."
+    if not isinstance(conv, nn.Conv2d):
+        raise ModelError(f"{refusal} is a {type(conv).__name__}, not a Conv2d. {way_out}")
+    if channels % conv.groups:
+        raise ModelError(
+            f"{refusal} has {conv.groups} groups, which do not divide {channels}. {way_out}"
+        )
     return nn.Conv2d(
         conv.in_channels,
         channels,
@@ -70,6 +98,7 @@ def _with_outputs(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
         conv.stride,  # type: ignore[arg-type]
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
         device=conv.weight.device,

@@ -19,18 +19,24 @@ Progress = Callable[[int, int], None]
 _MOST_THREADS = 8
 
 
-def scan(split: Split, *, progress: Progress | None = None) -> None:
+_Size = tuple[int, int]
+
+
+def scan(split: Split, *, one_size: bool = False, progress: Progress | None = None) -> None:
     """Read every sample of a split, so that a damaged one does not end a training.
 
     Files are decoded by several threads and nothing is kept. Drawn scenes are not scanned.
 
     Args:
         split: what `open_data` found.
+        one_size: also refuse pictures that differ in size: neither cropped nor resized, they make
+            no batch.
         progress: called with the samples done and their number, from this thread.
 
     Raises:
-        DataError: files are damaged, sizes differ, masks hold numbers that are no class, or none
-            but one class is there to learn; the message counts each kind and names the first few.
+        DataError: files are damaged, sizes differ that must not, masks hold numbers that are no
+            class, or none but one class is there to learn; the message counts each kind and names
+            the first few.
     """
     total = len(split)
     if not split.reader.on_disk:
@@ -39,6 +45,7 @@ def scan(split: Split, *, progress: Progress | None = None) -> None:
         return
     flaws: list[Flaw] = []
     present: set[int] = set()
+    sizes: dict[_Size, int] = {}  # the first sample of each
     threads = ThreadPoolExecutor(min(_MOST_THREADS, _cores()))
     try:
         results = threads.map(lambda index: _look(split, index), range(total))
@@ -46,26 +53,29 @@ def scan(split: Split, *, progress: Progress | None = None) -> None:
             if isinstance(found, Flaw):
                 flaws.append(found)
             else:
-                present |= found
+                present |= found[0]
+                sizes.setdefault(found[1], done - 1)
             if progress is not None:
                 progress(done, total)
     finally:
         threads.shutdown(cancel_futures=True)
     faults = _in_words(flaws, split)
-    if not faults:
-        faults = _too_few_classes(split, present)
+    if not flaws:
+        faults += _too_few_classes(split, present)
+    if one_size and split.resize is None and len(sizes) > 1:
+        faults.append(_unlike_in_size(split, sizes))
     if faults:
         where = f"'{split.root}', {split.name}" if split.root is not None else split.name
         refuse(f"{where} ({many(total, 'picture', 'pictures')})", faults)
 
 
-def _look(split: Split, index: int) -> Flaw | set[int]:
-    """What is wrong with a sample, or else the classes in it."""
+def _look(split: Split, index: int) -> Flaw | tuple[set[int], _Size]:
+    """What is wrong with a sample, or else the classes in it, and its height and width."""
     try:
         _, mask = split.reader.read(split.samples[index])
     except Flaw as flaw:
         return flaw
-    return _values(mask) - {split.ignore_index}
+    return _values(mask) - {split.ignore_index}, (mask.shape[0], mask.shape[1])
 
 
 def _values(mask: Raw) -> set[int]:
@@ -94,6 +104,21 @@ def _in_words(flaws: list[Flaw], split: Split) -> list[str]:
         else:
             faults.append(f"{len(files)} {several}: {few_of(named)}. {hint}")
     return faults
+
+
+def _unlike_in_size(split: Split, sizes: dict[_Size, int]) -> str:
+    """Of each size one picture."""
+    named = []
+    for (height, width), index in sizes.items():
+        sample = split.samples[index]
+        root = Path() if split.root is None else split.root
+        name = sample.name if sample.image is None else below(sample.image, root)
+        named.append(f"'{name}' ({height}×{width})")
+    return (
+        f"pictures differ in size, {len(sizes)} sizes: {few_of(named)}. A batch takes one size: "
+        "give finetune.data.transforms.crop or finetune.data.resize, or set "
+        "finetune.batch_size: 1."
+    )
 
 
 def _too_few_classes(split: Split, present: set[int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pacswap.train.data.formats import read_format
 from pacswap.train.data.labels import Colour
 from pacswap.train.data.pictures import Reader, Sample
 
-__all__ = ["Sample", "Split", "open_data"]
+__all__ = ["Sample", "Split", "open_data", "shared_pictures"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,17 +128,32 @@ def open_data(section: DataSection, folder: Path) -> tuple[Split, Split]:
         )
         for name, samples in (("train", found.train), ("val", found.val))
     )
-    _warn_of_shared(train, val)
     return train, val
 
 
-def _warn_of_shared(train: Split, val: Split) -> None:
-    """Say when pictures that are learnt from are also measured on."""
-    seen = {(sample.image, sample.number) for sample in train.samples}
-    shared = [s.name for s in val.samples if (s.image, s.number) in seen]
-    if shared:
-        warnings.warn(
-            f"{many(len(shared), 'picture is', 'pictures are')} both learnt from and measured on: "
-            f"{few(shared)}. The measure then says little about new pictures.",
-            stacklevel=3,
-        )
+def shared_pictures(train: Split, val: Split) -> str | None:
+    """A sentence to warn by where pictures that are learnt from are also measured on, else None.
+
+    A link is the picture that it leads to.
+
+    Example:
+        >>> train, val = open_data(DataSection(format="scenes", count=(4, 2)), Path())
+        >>> shared_pictures(train, val) is None
+        True
+        >>> shared_pictures(val, val)[:47]
+        '2 pictures are both learnt from and measured on'
+    """
+    seen = {_identity(sample) for sample in train.samples}
+    shared = [sample.name for sample in val.samples if _identity(sample) in seen]
+    if not shared:
+        return None
+    return (
+        f"{many(len(shared), 'picture is', 'pictures are')} both learnt from and measured on: "
+        f"{few(shared)}. The measure then says little about new pictures."
+    )
+
+
+def _identity(sample: Sample) -> str | int:
+    """The same for the same picture: its file, or the seed that it is drawn by."""
+    # Not by `Path.resolve`, which fails at a link in a circle: that is for `scan` to say.
+    return sample.number if sample.image is None else os.path.realpath(sample.image)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pacswap.errors import TrainingError
+from pacswap.train.engine.device import on_main
 from pacswap.train.engine.events import Note, Progress
 from pacswap.train.engine.groups import ParameterGroup, groups_of_stages
 from pacswap.train.engine.job import Job
@@ -19,6 +20,15 @@ from pacswap.train.engine.state import Checkpoint, Checkpoints
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# What of `finetune` may change when a run is resumed, as pydantic excludes it.
+MAY_CHANGE: dict[str, Any] = {
+    "workers": True,
+    "checkpoint": True,
+    "control": True,
+    "data": {"root": True},
+    "evaluate": {"pictures": True},
+}
 
 
 def checked_groups(job: Job, accelerator: Accelerator) -> list[list[ParameterGroup]]:
@@ -33,7 +43,7 @@ def checked_groups(job: Job, accelerator: Accelerator) -> list[list[ParameterGro
         raise TrainingError(
             f"finetune.batch_size: {section.batch_size} pictures cannot be divided among "
             f"{accelerator.num_processes} processes and {section.accumulate} parts. Raise it to "
-            f"{parts}, or lower accumulate."
+            f"{parts}, or lower accumulate, for a new run in a new folder."
         )
     groups = groups_of_stages(job.model, job.roles, section)
     for some in groups:
@@ -61,8 +71,7 @@ def loss_of(job: Job, accelerator: Accelerator) -> Loss:
 
 def identity_of(job: Job) -> dict[str, Any]:
     """What a checkpoint has to agree with, and what it may differ in left out."""
-    recipe = job.section.model_dump(mode="json", exclude={"workers", "checkpoint", "control"})
-    del recipe["data"]["root"], recipe["evaluate"]["pictures"], recipe["seed"]
+    recipe = job.section.model_dump(mode="json", exclude=MAY_CHANGE | {"seed": True})
     shapes = [
         f"{name} {list(tensor.shape)} {tensor.dtype}"
         for name, tensor in job.model.state_dict().items()
@@ -91,21 +100,19 @@ def last_checkpoint(
         TrainingError: the folder holds a run and `resume` is not set, or its checkpoints are of
             another training or all damaged.
     """
-    from accelerate.utils import broadcast_object_list
+    found: list[Checkpoint] = []
 
-    answer: list[Any] = [None, None]  # a step, what is wrong
-    found = None
-    if accelerator.is_main_process:
-        try:
-            found = _found(job, checkpoints, resume, say)
-        except TrainingError as error:
-            answer[1] = str(error)
-        if found is not None:
-            answer[0] = found.position.step
-    step, fault = broadcast_object_list(answer)
-    if fault is not None:
-        raise TrainingError(fault)
-    return checkpoints.of_all(step) if found is None and step is not None else found
+    def look() -> int | None:
+        newest = _found(job, checkpoints, resume, say)
+        if newest is None:
+            return None
+        found.append(newest)
+        return newest.position.step
+
+    step = on_main(accelerator, look)
+    if step is None:
+        return None
+    return found[0] if found else checkpoints.of_all(step)
 
 
 def _found(job: Job, checkpoints: Checkpoints, resume: bool, say: Progress) -> Checkpoint | None:

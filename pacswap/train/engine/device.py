@@ -7,20 +7,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from pacswap.errors import TrainingError
+from pacswap.errors import PacswapError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SAME_WISH = 1.0  # seconds
+_T = TypeVar("_T")
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -69,6 +70,35 @@ def make_accelerator(precision: str) -> Accelerator:
         )
     accelerator.gradient_accumulation_steps = 1  # pacswap's own, whatever a launcher says
     return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], _T]) -> _T:
+    """Let the main process do something; all wait for it and get what it got.
+
+    Args:
+        accelerator: the processes.
+        action: what it does; a few plain values may come of it.
+
+    Returns:
+        What came of it, in every process.
+
+    Raises:
+        PacswapError: the action's own, in every process, so that none waits for another for ever.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    answer: list[Any] = [None, None]  # what came of it, what is wrong
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except PacswapError as error:
+            broadcast_object_list([None, error])
+            raise
+    value, fault = broadcast_object_list(answer)
+    if fault is not None:
+        raise fault
+    result: _T = value
+    return result
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

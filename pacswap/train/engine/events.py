@@ -63,9 +63,15 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that the user should know, in a sentence or two."""
+    """Something that the user should know, in a sentence or two.
+
+    Attributes:
+        text: the words.
+        warning: whether the report should repeat them, for the result depends on it.
+    """
 
     text: str
+    warning: bool = False
 
 
 Event: TypeAlias = StageBegun | StepDone | Evaluated | Note

@@ -41,6 +41,7 @@ class Roles:
         norm: of normalisation layers; nothing that was added.
         lacking: groups that this network has no parameters of by design, because it is there to be
             compared with one that has; a stage may name them all the same.
+        absent: what the network to compare with has more, added; a pattern may match it.
     """
 
     added: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Roles:
     head: frozenset[str] = frozenset()
     norm: frozenset[str] = frozenset()
     lacking: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
 
     def named(self, group: str) -> frozenset[str]:
         """The names of a group of a recipe other than `all`."""
@@ -75,7 +77,11 @@ class ParameterGroup:
 
 
 def roles_of(
-    model: nn.Module, plan: Plan | None, *, swapped: Collection[str] | None = None
+    model: nn.Module,
+    plan: Plan | None,
+    *,
+    swapped: Collection[str] | None = None,
+    absent: Collection[str] = (),
 ) -> Roles:
     """What the parameters of a network are.
 
@@ -84,6 +90,8 @@ def roles_of(
         plan: what was done to it; None for nothing.
         swapped: of a network to compare with: what is swapped in the upgraded one, so that the same
             convolutions learn in both. It may lack what a swap adds.
+        absent: of a network to compare with: what was added to the upgraded one. What this network
+            has of it nevertheless is not absent.
 
     Raises:
         TrainingError: `swapped` names a parameter that the network lacks.
@@ -109,6 +117,7 @@ def roles_of(
         head=frozenset(_head(model, own) - added),
         norm=frozenset(_norm(model, own) - added),
         lacking=frozenset(("added", "guidance") if compared else ()),
+        absent=frozenset(absent) - set(own),
     )
 
 
@@ -171,7 +180,10 @@ def _groups(
     def found(name: str, where: str, among: Collection[str], what: str) -> set[str]:
         """What a group or pattern stands for; nothing found is a fault."""
         chosen = _named(name, names, roles) & set(among)
-        if not chosen and name not in roles.lacking:
+        forgiven = name in roles.lacking or (
+            name not in PRECEDENCE and _named(name, roles.absent, roles)
+        )
+        if not chosen and not forgiven:
             text = f"stage '{stage.name}': {where}: {_nothing(name, model, roles, what, among)}"
             faults.append(text)
         return chosen

@@ -39,6 +39,7 @@ class Learner:
         accelerator: device, processes and number format.
         groups: what the stage trains.
         batch: this process's pictures of some step, on which it is seen what the loss depends on.
+        norms_rest: whether batch norms gather no statistics, whatever the recipe says.
 
     Attributes:
         idle: names that the stage trains and the loss does not depend on; they stay as they are.
@@ -56,7 +57,10 @@ class Learner:
         accelerator: Accelerator,
         groups: Sequence[ParameterGroup],
         batch: Batch,
+        *,
+        norms_rest: bool = False,
     ) -> None:
+        self.norms_rest = norms_rest or section.batch_norm == "frozen"
         self.model, self.section, self.loss, self.accelerator = model, section, loss, accelerator
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._set_modes()
@@ -130,7 +134,7 @@ class Learner:
 
     def _set_modes(self) -> None:
         self.model.train()
-        if self.section.batch_norm == "frozen":
+        if self.norms_rest:
             for module in self.model.modules():
                 if is_batch_norm(module):
                     module.eval()
@@ -163,7 +167,7 @@ class Learner:
                 "a batch norm of the network needs more than 1 picture at a time, and each of "
                 f"{self.accelerator.num_processes} processes takes 1 in each of "
                 f"{self.section.accumulate} parts of a step. Raise finetune.batch_size, lower "
-                "accumulate, or set batch_norm: frozen."
+                "accumulate, or set batch_norm: frozen, for a new run in a new folder."
             ) from error
         finally:
             for name, buffer in self.model.named_buffers():

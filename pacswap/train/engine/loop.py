@@ -19,7 +19,14 @@ from pacswap.errors import TrainingError, quoted
 from pacswap.train.data.batches import Batch, Batches
 from pacswap.train.engine.average import Average
 from pacswap.train.engine.begin import checked_groups, identity_of, last_checkpoint, loss_of
-from pacswap.train.engine.device import Interrupts, kept, make_accelerator, seed_step, synchronised
+from pacswap.train.engine.device import (
+    Interrupts,
+    kept,
+    make_accelerator,
+    on_main,
+    seed_step,
+    synchronised,
+)
 from pacswap.train.engine.events import Evaluated, Note, Progress, StageBegun, StepDone, ignore
 from pacswap.train.engine.groups import ParameterGroup, numbers_in
 from pacswap.train.engine.job import Job, Outcome
@@ -139,6 +146,8 @@ def train(job: Job, *, resume: bool = False, progress: Progress = ignore) -> Out
                 _loop(run, feed, found, interrupts)
             except torch.cuda.OutOfMemoryError as error:
                 raise TrainingError(_out_of_memory(run)) from error
+        if _is_asked(run, interrupts):  # during the last step or measure
+            _end(run, interrupts)
         scores = _final_scores(run)
         if average is not None:
             average.copy_to_model()
@@ -159,7 +168,8 @@ def _loop(run: _Run, feed: _Feed, found: Checkpoint | None, interrupts: Interrup
     changed = False
     while True:
         due = timeline.is_measured(position.step, section.evaluate.every)
-        if due and position.measured < position.step:
+        paused = due and position.measured < position.step
+        if paused:
             _measure(run)
             changed = True
         due = timeline.is_kept(position.step, section.checkpoint.every)
@@ -168,12 +178,19 @@ def _loop(run: _Run, feed: _Feed, found: Checkpoint | None, interrupts: Interrup
             changed = False
         if position.step == timeline.total:
             return
+        if paused and _is_asked(run, interrupts):
+            if changed:
+                _keep(run)
+            _end(run, interrupts)
         stretch = timeline.at(position.step)
         groups = run.groups[timeline.stretches.index(stretch)]
         if not groups:
             run.say(Note(_passed_over(stretch, run.job.arm)))
             position.step = position.measured = stretch.end  # as the network is, it was
             changed = True
+            if position.step < timeline.total and _is_asked(run, interrupts):
+                _keep(run)
+                _end(run, interrupts)
             continue
         began = time.perf_counter()
         batch = feed.at(position.step)
@@ -195,6 +212,7 @@ def _loop(run: _Run, feed: _Feed, found: Checkpoint | None, interrupts: Interrup
         position.seconds += time.perf_counter() - began
         _report(run, stretch, value, time.perf_counter() - began)
         if asked:
+            _keep(run)
             _end(run, interrupts)
 
 
@@ -208,7 +226,9 @@ def _learner(
     """A stage's learner, as it was in the checkpoint if that is from within the stage."""
     model, section = run.job.model, run.job.section
     run.learner = None  # its memory is needed
-    learner = Learner(model, section, run.loss, run.accelerator, groups, batch)
+    # Arms without what was added pass such a stage over, and their norms with it.
+    rest = run.job.roles.added.issuperset(name for group in groups for name in group.names)
+    learner = Learner(model, section, run.loss, run.accelerator, groups, batch, norms_rest=rest)
     scaler = run.accelerator.scaler
     if found is not None and found.position.step > stretch.begin:
         learner.optimizer.load_state_dict(found.tensors["optimizer"])
@@ -221,7 +241,8 @@ def _learner(
         run.say(
             Note(
                 f"stage '{stretch.stage.name}' trains {quoted(learner.idle[:3])}{more}, on which "
-                "the loss does not depend; they stay as they are."
+                "the loss does not depend; they stay as they are.",
+                warning=True,
             )
         )
     return learner
@@ -273,12 +294,14 @@ def _keep(run: _Run) -> None:
             f"{quoted(broken[:3])} of the network are no longer finite after step {step}; they are "
             f"not kept. {_way_on(run)}"
         )
-    if not run.accelerator.is_main_process:
-        return
+    on_main(run.accelerator, lambda: _write(run))
+
+
+def _write(run: _Run) -> None:
     run.logs.sync()
     scaler = run.accelerator.scaler
     tensors = {
-        "model": model,
+        "model": run.job.model.state_dict(),
         "average": {} if run.average is None else run.average.tensors,
         "optimizer": {} if run.learner is None else run.learner.optimizer.state_dict(),
         "scaler": {} if scaler is None else scaler.state_dict(),
@@ -286,9 +309,14 @@ def _keep(run: _Run) -> None:
     run.checkpoints.write(run.position, tensors, run.scores)
 
 
+def _is_asked(run: _Run, interrupts: Interrupts) -> bool:
+    """Whether any process was asked to end."""
+    mine = torch.tensor(float(interrupts.received is not None), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(mine, "sum").item() > 0)
+
+
 def _end(run: _Run, interrupts: Interrupts) -> NoReturn:
-    """Keep what there is, and end as the user has asked."""
-    _keep(run)
+    """End as the user has asked, after a checkpoint was written."""
     step = run.position.step
     raise KeyboardInterrupt(
         f"{interrupts.received or 'another process was asked to end'}: ended after step {step} of "
@@ -317,7 +345,8 @@ def _warn(logs: Logs, *, apart: bool, say: Progress) -> None:
             Note(
                 "batch norms gather their statistics in each process apart, because only CUDA "
                 "devices can share them; the result depends on the number of processes. Set "
-                "batch_norm: frozen to avoid that."
+                "batch_norm: frozen to avoid that.",
+                warning=True,
             )
         )
 
@@ -338,10 +367,12 @@ def _out_of_memory(run: _Run) -> str:
     return (
         f"{run.accelerator.device} has too little memory for {section.batch_size} pictures in "
         f"{section.accumulate} parts, at step {run.position.step + 1}. Raise "
-        f"finetune.accumulate, lower batch_size or take a smaller crop. "
+        f"finetune.accumulate, lower batch_size or take a smaller crop, for a new run in a new "
+        f"folder. "
         f"{run.checkpoints.last_words()}"
     )
 
 
 def _way_on(run: _Run) -> str:
-    return f"Lower lr, or set clip_grad. {run.checkpoints.last_words()}"
+    words = run.checkpoints.last_words()
+    return f"Lower lr, or set clip_grad, for a new run in a new folder. {words}"

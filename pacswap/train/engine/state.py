@@ -205,11 +205,11 @@ class Checkpoints:
                 f"the checkpoint '{path}' has format {version}, this pacswap reads {VERSION}. Use "
                 "the version that wrote it, or name another run folder."
             )
-        differences = _differences(identity, self.identity)
-        if differences:
+        differing = differences(identity, self.identity)
+        if differing:
             raise TrainingError(
-                f"the checkpoint '{path}' is of another training: {'; '.join(differences[:3])}"
-                f"{f'; and {len(differences) - 3} more' if len(differences) > 3 else ''}. Go on "
+                f"the checkpoint '{path}' is of another training: {'; '.join(differing[:3])}"
+                f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. Go on "
                 "with the recipe as it was, or name another run folder."
             )
         contents = {name: _checked(path / name, facts) for name, facts in files.items()}
@@ -308,19 +308,19 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _differences(there: Any, here: Any, place: str = "") -> list[str]:
+def differences(there: Any, here: Any, place: str = "") -> list[str]:
     """Where two pieces of plain data differ, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             words
             for key in dict.fromkeys([*there, *here])
-            for words in _differences(
+            for words in differences(
                 there.get(key), here.get(key), f"{place}.{key}" if place else str(key)
             )
         ]
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         pairs = enumerate(zip(there, here, strict=True))
-        return [w for i, (a, b) in pairs for w in _differences(a, b, f"{place}[{i}]")]
+        return [w for i, (a, b) in pairs for w in differences(a, b, f"{place}[{i}]")]
     return [] if there == here else [f"{place} is {_short(there)} there and {_short(here)} here"]
 
 

@@ -31,7 +31,7 @@ class Difference:
         upgraded: mean over the seeds of the arm that is judged.
         per_seed: upgraded − control, one per seed; NaN where one of them has no score.
         over_seeds: Student's interval, as wide as other seeds may differ; None for one seed.
-        over_pictures: the bootstrap's, as wide as other pictures may differ.
+        over_pictures: the bootstrap's, as wide as other pictures may differ; None for one picture.
     """
 
     name: str
@@ -118,17 +118,21 @@ class Comparison:
         """The verdict in one plain sentence."""
         found = self.measures["miou"]
         opening = {"gain": "A gain", "loss": "A loss"}.get(self.verdict, "No gain is shown")
-        if len(self.seeds) == 1 and self.verdict in ("gain", "loss"):
-            opening += " with this seed"
-        spans = [
-            f"{span(found.over_seeds)} over {len(self.seeds)} seeds",
-            f"{span(found.over_pictures)} over {_number(self.pictures, 'picture')}",
-        ]
-        alone = "; one seed cannot say how another would end" if len(self.seeds) == 1 else ""
+        spans, limits = [], []
+        if len(self.seeds) == 1:
+            opening += " with this seed" if self.verdict in ("gain", "loss") else ""
+            limits.append("one seed cannot say how another would end")
+        else:
+            spans.append(f"{span(found.over_seeds)} over {len(self.seeds)} seeds")
+        if self.pictures == 1:
+            opening += " on this picture" if self.verdict in ("gain", "loss") else ""
+            limits.append("one picture cannot say how another would score")
+        else:
+            spans.append(f"{span(found.over_pictures)} over {self.pictures} pictures")
+        known = [f"{100 * self.confidence:g} % interval {', '.join(spans)}"] if spans else []
         return (
             f"{opening}: {found.name} of {self.upgraded} is {points(found.mean, signed=True)} "
-            f"points against {self.control} ({100 * self.confidence:g} % interval "
-            f"{', '.join(spans[len(self.seeds) == 1 :])}{alone})."
+            f"points against {self.control} ({'; '.join([*known, *limits])})."
         )
 
     def __str__(self) -> str:
@@ -189,8 +193,9 @@ def compare(
 
     Over seeds: Student's t of the paired differences, from two seeds on. Over pictures: the
     percentile bootstrap; each time as many pictures are drawn with replacement, their counts are
-    added up for either arm and every seed, and the seeds' differences are averaged. It takes
-    pictures for independent: where they are frames of one video its interval is too narrow.
+    added up for either arm and every seed, and the seeds' differences are averaged. One picture
+    has no such interval. It takes pictures for independent: where they are frames of one video its
+    interval is too narrow.
 
     Args:
         control: the scores of the arm that is compared with, by seed.
@@ -206,8 +211,9 @@ def compare(
     Example:
         >>> from pacswap.train.measure.metrics import count
         >>> truth, wrong = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 1]])
-        >>> before = Scores.of([count(wrong, truth, classes=2)], ["sky", "road"], ["a"])
-        >>> after = Scores.of([count(truth, truth, classes=2)], ["sky", "road"], ["a"])
+        >>> names, classes = ["a", "b"], ["sky", "road"]
+        >>> before = Scores.of([count(wrong, truth, classes=2)] * 2, classes, names)
+        >>> after = Scores.of([count(truth, truth, classes=2)] * 2, classes, names)
         >>> compare({0: before}, {0: after}, resamples=100).verdict
         'gain'
     """
@@ -228,11 +234,14 @@ def compare(
         return (values[:, 1] - values[:, 0]).nanmean(1)
 
     values = measured(tallies.sum(0)[None])[0]  # [2, seeds, M]
-    drawn = resampled(tallies, difference, resamples=resamples, seed=seed)
+    intervals: list[Interval | None] = [None] * values.shape[-1]
+    if len(tallies) > 1:  # one picture drawn again and again would have no spread at all
+        drawn = resampled(tallies, difference, resamples=resamples, seed=seed)
+        intervals = percentile_interval(drawn, confidence)
     rows = zip(
         (*MEASURES.values(), *first.classes, *first.classes),
         values.unbind(-1),
-        percentile_interval(drawn, confidence),
+        intervals,
         strict=True,
     )
     found = [_difference(name, value, pictures, confidence) for name, value, pictures in rows]
