@@ -65,8 +65,8 @@ PUBLIC = {
         pac_conv2d pac_conv_transpose2d pac_pool2d smoothing_filter standardized
         tap_distance transposed_window turned valid_taps""",
     "pacswap.viz": """adaptation_map guidance_image heat_image kernel_images look_into show""",
-    "pacswap.zoo": """Source bare build has_trained_head identify input_size load_weights_file model_names
-        normalization read_state_dict why_not_twin""",
+    "pacswap.zoo": """Source bare build has_trained_head identify input_size load_weights_file
+        model_names normalization read_state_dict why_not_twin""",
     "pacswap.surgery": """Check Group GuidanceSpec KernelSpec LayerInfo LayerQuery Plan Verification
         calibrate carry_out default_input disabled layers pac_layers plan plan_groups plan_of
         revert rewrite swap verify""",

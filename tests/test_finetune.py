@@ -197,8 +197,8 @@ def test_other_classes_than_the_networks(here, capsys):
 def test_an_external_guidance(here, capsys):
     message = refused(capsys, "finetune", "r.yaml", "upsample[0].guidance={from: external}")
     assert message == (
-        "r.yaml asks for an external guidance, which no labelled data brings along. Name a layer or "
-        "'input', or train in a loop of your own: docs/own_loop.md."
+        "r.yaml asks for an external guidance, which no labelled data brings along. Name a layer "
+        "or 'input', or train in a loop of your own: docs/own_loop.md."
     )
 
 
