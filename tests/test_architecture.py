@@ -118,9 +118,6 @@ TOOLS = {
     "timm": ("optim", "scheduler", "layers"),
     "torchvision": ("transforms", "datasets", "tv_tensors"),
 }
-    "timm": ("optim", "scheduler", "layers"),
-    "torchvision": ("transforms", "datasets", "tv_tensors"),
-}
 
 
 def forbidden_libraries(room: str, source: str, file: str) -> list[str]:
