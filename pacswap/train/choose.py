@@ -18,7 +18,12 @@ from pacswap.train.data.batches import Batches
 from pacswap.train.data.scan import scan
 from pacswap.train.outputs import logits_of
 from pacswap.train.probe import Probed, probe
-from pacswap.train.setting import check_classes, scales_of, section_of
+from pacswap.train.setting import (
+    check_classes,
+    makes_batches_of_one_size,
+    scales_of,
+    section_of,
+)
 from pacswap.upgrade import built, folder_of
 
 Progress = Callable[[int, int, str], None]
@@ -56,7 +61,7 @@ def probe_recipe(
     loaded = load_recipe(find_recipe(recipe), overrides)
     section = section_of(loaded)
     train, _ = open_data(section.data, folder_of(loaded, ("finetune", "data", "root")))
-    scan(train)
+    scan(train, one_size=makes_batches_of_one_size(section))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = built(loaded, trust_python, seed=section.seed).to(device)
     scales = scales_of(section.data, model)

@@ -133,14 +133,14 @@ def prepare(
         for split in (train, val):
             what = "learn from" if split is train else "measure on"
             say(Phase(f"reading {len(split)} pictures to {what}"))
-            scan(split, one_size=split is train and _stacks(section))
+            scan(split, one_size=split is train and makes_batches_of_one_size(section))
         _begin(folder, loaded, overwrite=overwrite)
 
     on_main(accelerator, begin)
     return Setting(loaded, section, train, val, folder, accelerator, trust_python, say)
 
 
-def _stacks(section: FinetuneSection) -> bool:
+def makes_batches_of_one_size(section: FinetuneSection) -> bool:
     """Whether pictures are put into batches as they are."""
     return section.batch_size > 1 and section.data.transforms.crop is None
 
