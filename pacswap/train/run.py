@@ -197,7 +197,8 @@ def _prove(run: _Run) -> None:
         )
     for each in filter(None, arms.values()):
         _check(run, each, scales)
-    verify(original, arm.model, torch.cat([images, images])[:2]).raise_if_failed()
+    pair = torch.cat([images, images])[:2]  # in train mode one picture would not do
+    verify(original, arm.model, pair).raise_if_failed()
     setting.say(Phase("measuring the latency"))
     run.latency = measure_latency(original, half_blended(arm.model), images[:1])
     if has_trained_head(source_of(loaded.recipe)):
