@@ -47,7 +47,17 @@ MAY_IMPORT = {
         "scenes",
         "errors",
     },
-    "cli": {"train", "viz", "upgrade", "report", "recipes", "zoo", "surgery", "errors"},
+    "cli": {
+        "checkpoint",
+        "train",
+        "viz",
+        "upgrade",
+        "report",
+        "recipes",
+        "zoo",
+        "surgery",
+        "errors",
+    },
     "__main__": {"cli"},
     # `import pacswap` itself; checkpoint and upgrade only when they are first asked for.
     "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "upgrade"},

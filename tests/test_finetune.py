@@ -168,6 +168,26 @@ def test_predict_refuses_before_it_writes(done, here, capsys):
     assert not Path("masks").exists()
 
 
+def test_predict_replaces_only_when_told(done, here, capsys):
+    Image.new("RGB", (64, 48)).save("a.png")
+    Path("masks").mkdir()
+    Path("masks/a.png").write_text("drawn by hand", encoding="utf-8")
+    message = refused(capsys, "predict", str(done), "a.png", "-o", "masks")
+    assert message == (
+        "1 file is there already: 'masks/a.png'. Name another output, or replace them: --overwrite "
+        "on the command line, overwrite=True in Python."
+    )
+    assert Path("masks/a.png").read_text(encoding="utf-8") == "drawn by hand"
+    main(["predict", str(done), "a.png", "-o", "masks", "--overwrite"])
+    assert Image.open("masks/a.png").mode == "P"
+
+
+def test_a_run_that_was_refused_leaves_its_folder_free(here, capsys):
+    refused(capsys, "finetune", "r.yaml", "finetune.batch_size=99", "-o", "run")
+    main(["finetune", "r.yaml", "finetune.stages[0].steps=1", "-o", "run"])
+    assert (here / "run/report.md").exists()
+
+
 def test_predict_does_not_replace_a_picture_by_its_mask(done, here, capsys):
     Image.new("RGB", (64, 48)).save("a.png")
     message = refused(capsys, "predict", str(done), "a.png", "-o", ".")

@@ -117,6 +117,9 @@ def predict(
     overlays: Annotated[
         bool, typer.Option("--overlay", help="Also lay the classes over each picture.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there.")
+    ] = False,
     trust_python: TrustPython = False,
     as_json: AsJson = False,
 ) -> None:
@@ -127,7 +130,9 @@ def predict(
     trained = open_trained(folder, trust_python=trust_python)
     words = f"interrupted; what was done until then lies in {output}."
     with said_if_interrupted(words), count_shown("segmenting") as shown:
-        written = run(trained, images, output, overlays=overlays, progress=shown)
+        written = run(
+            trained, images, output, overlays=overlays, overwrite=overwrite, progress=shown
+        )
     if as_json:
         say(dumped({"written": [str(path) for path in written]}))
     else:

@@ -127,7 +127,9 @@ class Recipe(Section):
     )
     model: ModelSection = Field(description="The network to start from.")
     calibration: CalibrationSection | None = Field(
-        default=None, description="The pictures that set the bandwidths; null draws scenes."
+        default=None,
+        description="The pictures that set the bandwidths; null draws scenes, or in a fine-tuning "
+        "takes some that are learnt from.",
     )
     swap: Annotated[tuple[SwapSection, ...], Strict(False), Field(min_length=1)] = Field(
         default=(), description="The groups of convolutions to swap."

@@ -164,7 +164,8 @@ def finetune(
     assert run.kept is not None and run.kept.plan is not None
     model = run.kept.model.eval()
     _look_inside(run, model)
-    words = ["pacswap", "finetune", os.fspath(recipe), *overrides, "-o", os.fspath(folder)]
+    again = f"{os.fspath(folder)}-again"  # the run's own folder is taken by then
+    words = ["pacswap", "finetune", os.fspath(recipe), *overrides, "-o", again]
     words += ["--control"] * control + ["--trust-python"] * trust_python
     summary = _report(run, shlex.join(words), began)
     return Finetuned(model, run.kept.plan, summary, folder, setting.main)

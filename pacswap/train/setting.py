@@ -181,6 +181,8 @@ def check_folder(folder: Path, loaded: LoadedRecipe, *, resume: bool, overwrite:
             f"'{folder}' holds {named}, which no run of pacswap wrote. Name another folder: "
             "-o FOLDER."
         )
+    if inside == [RECIPE] and _is_dumped(folder / RECIPE):
+        return  # it was refused before anything was trained
     if not (resume or overwrite):
         raise TrainingError(
             f"'{folder}' holds a run. Go on with it: --resume. Or replace it: --overwrite. Or name "
@@ -263,7 +265,10 @@ def _begin(folder: Path, loaded: LoadedRecipe, *, overwrite: bool) -> None:
 
 def _is_dumped(recipe: Path) -> bool:
     """Whether a run wrote the file."""
-    return dump_recipe(load_recipe(recipe).recipe) == recipe.read_text(encoding="utf-8")
+    try:
+        return dump_recipe(load_recipe(recipe).recipe) == recipe.read_text(encoding="utf-8")
+    except RecipeError:
+        return False
 
 
 def _empty(folder: Path) -> None:

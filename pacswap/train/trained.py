@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pacswap.errors import CheckpointError, DataError
 from pacswap.recipes import LoadedRecipe, Recipe, load_recipe, recipe_data
 from pacswap.surgery import Plan
 from pacswap.train.data.batches import normalized
+from pacswap.train.data.faults import few, many
 from pacswap.train.data.labels import Colour, drawing_palette
 from pacswap.train.data.lists import located, picture_suffixes
 from pacswap.train.data.pictures import FileReader, read_picture
@@ -209,6 +210,7 @@ def predict(
     output: str | os.PathLike[str],
     *,
     overlays: bool = False,
+    overwrite: bool = False,
     progress: Count = lambda done, of: None,
 ) -> list[Path]:
     """Segment pictures: for each a palette PNG whose numbers are the classes.
@@ -216,8 +218,9 @@ def predict(
     Args:
         trained: from `open_trained`.
         paths: pictures, or folders of them.
-        output: the folder to write to; files of the same names are replaced.
+        output: the folder to write to.
         overlays: also write each picture with the classes laid over it.
+        overwrite: replace files that are there.
         progress: called with how many pictures are done, and of how many.
 
     Returns:
@@ -228,6 +231,8 @@ def predict(
         TrainingError: a file cannot be written.
     """
     targets = _targets([Path(path) for path in paths], Path(output), overlays=overlays)
+    if not overwrite:
+        _refuse_existing(targets.values(), overlays=overlays)
     section = section_of(trained.loaded)
     scales = scales_of(section.data, trained.model)
     written = []
@@ -273,6 +278,18 @@ def _targets(paths: Sequence[Path], output: Path, *, overlays: bool) -> dict[Pat
     if faults:
         raise DataError("\n".join(faults))
     return found
+
+
+def _refuse_existing(targets: Iterable[Path], *, overlays: bool) -> None:
+    """A file that is there may be a mask that somebody drew."""
+    files = [*targets]
+    files += [_overlay_of(target) for target in files if overlays]
+    there = [str(file) for file in files if file.exists()]
+    if there:
+        raise DataError(
+            f"{many(len(there), 'file is', 'files are')} there already: {few(there)}. Name another "
+            "output, or replace them: --overwrite on the command line, overwrite=True in Python."
+        )
 
 
 def _pictures(path: Path) -> Iterator[Path]:
