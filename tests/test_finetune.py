@@ -179,7 +179,8 @@ def test_predict_replaces_only_when_told(done, here, capsys):
     )
     assert Path("masks/a.png").read_text(encoding="utf-8") == "drawn by hand"
     main(["predict", str(done), "a.png", "-o", "masks", "--overwrite"])
-    assert Image.open("masks/a.png").mode == "P"
+    with Image.open("masks/a.png") as mask:
+        assert mask.mode == "P"
 
 
 def test_a_run_that_was_refused_leaves_its_folder_free(here, capsys):
