@@ -96,6 +96,7 @@ EDITS = {
     "split of scenes": ("folder, root: ../data", "scenes, val: y", "recipe.yaml:12:31: finetune.data.val: expected none for scenes, which are drawn, got 'y'. Remove the key."),
     "flip 2": ("../data", "x, transforms: {flip: 2}", "recipe.yaml:12:54: finetune.data.transforms.flip: expected at most 1, got 2."),
     "scale reversed": ("../data", "x, transforms: {scale: [2, 1]}", "recipe.yaml:12:55: finetune.data.transforms.scale: expected the smaller one first, got 2.0 and 1.0."),
+    "ohem of dice": ("stages:", "loss: {name: dice, ohem: 0.3}\n  stages:", "recipe.yaml:13:28: finetune.loss.ohem: expected only with cross entropy, got 0.3. Remove the key."),
     "momentum of adamw": ("stages:", "optimizer: {momentum: 0.9}\n  stages:", "recipe.yaml:13:25: finetune.optimizer.momentum: expected only with name: sgd, got 0.9. Remove the key."),
     "doubled key": ("  weights", "  name: x\n  weights", "recipe.yaml:5:3: model.name: the key is here twice, first at 4:3. Keep one."),
     "key not text": ("num_classes:", "21:", "recipe.yaml:6:10: model.args: the key '21' is read as int, not as text. Quote or rename it."),

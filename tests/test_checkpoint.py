@@ -335,7 +335,7 @@ TAMPERED = {
         "AlexNet: layers: 'head.conv' matches no convolution (5 found). List them: "
         "pacswap.layers(model)."),
     "misspelt key": ("swap:", "swop:", RecipeError,
-        "model/recipe.yaml:9:1: swop: unknown key. Nearest: 'swap'."),
+        "model/recipe.yaml:10:1: swop: unknown key. Nearest: 'swap'."),
 }  # fmt: skip
 
 

@@ -273,7 +273,12 @@ def test_a_full_disk_at_stdout(run, monkeypatch):
 
 def test_an_interruption(run, monkeypatch):
     def interrupted(*args: object, **kwargs: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        # Where the tests run in the background, Python has been told to ignore it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     monkeypatch.setattr(upgrade, "calibrate", interrupted)
     code, out, err = run("apply", "r.yaml", "-o", "out")

@@ -25,7 +25,7 @@ KINDS = {
     "upsample": "camvid_deeplabv3",
     "quick": "scenes_guided",
 }
-SIZES = {"append": 64}  # its CRF looks 48 pixels far; the others do with less
+SIZES = {"append": 64, "swap": 64}  # its CRF looks 48 pixels far; the others do with less
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -201,14 +201,6 @@ def test_other_classes_than_the_data_has():
     )
 
 
-def test_options_of_another_loss():
-    assert refused(name="dice", ohem=0.3) == (
-        "finetune.loss.ohem: expected only with cross_entropy, got name: dice. Remove the key, or "
-        "take cross_entropy+dice."
-    )
-    assert refused(name="dice", label_smoothing=0.3).startswith("finetune.loss.label_smoothing: ")
-
-
 def test_weights_that_do_not_fit():
     assert refused(weights=WEIGHTS[:3]) == (
         "finetune.loss.class_weights: expected one weight for each of the 4 classes, got 3."

@@ -67,12 +67,6 @@ class Loss:
                 "finetune.loss.class_weights: every weight is 0, so there is nothing to learn. "
                 "Give one class at least a weight above 0."
             )
-        for key in ("ohem", "label_smoothing"):
-            if not self.has_cross_entropy and getattr(section, key):
-                raise TrainingError(
-                    f"finetune.loss.{key}: expected only with cross_entropy, got name: "
-                    f"{section.name}. Remove the key, or take cross_entropy+dice."
-                )
 
     def counts(self, masks: Tensor) -> Tensor:
         """What the sums of these pictures are divided by.
