@@ -12,19 +12,12 @@ from pacswap.errors import TrainingError, nearest, quoted
 from pacswap.recipes import FinetuneSection, StageSection
 from pacswap.surgery import Plan
 from pacswap.surgery.select import matching
+from pacswap.zoo.heads import HEADS
 
 # Of two groups that hold a parameter, the earlier one's learning rate counts.
 PRECEDENCE = ("guidance", "added", "swapped", "head", "norm", "all")
 # Where torchvision, timm, transformers and smp keep what gives the classes.
-_HEADS = (
-    "classifier",
-    "aux_classifier",
-    "auxiliary_head",
-    "head",
-    "fc",
-    "decode_head",
-    "segmentation_head",
-)
+_HEADS = (*HEADS, "fc")
 # timm's, for networks that don't say what their layers are.
 _TENSORS_PER_LAYER = 12
 
