@@ -20,6 +20,7 @@ from pacswap.recipes.sections import (
     Section,
     Text,
     Triple,
+    TripleAbove0,
     exactly,
     forms,
     got,
@@ -123,10 +124,7 @@ class DataSection(Section):
         description="What to subtract from each channel of a picture in [0, 1]; null is the "
         "model's own.",
     )
-    std: (
-        Annotated[tuple[Above0, Above0, Above0], Strict(False), exactly(3, "three numbers above 0")]
-        | None
-    ) = Field(
+    std: TripleAbove0 | None = Field(
         default=None, description="What to divide each channel by then; null is the model's own."
     )
     transforms: TransformSection = Field(

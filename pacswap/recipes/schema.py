@@ -19,13 +19,13 @@ from pacswap.recipes.groups import (
 )
 from pacswap.recipes.marks import RULES
 from pacswap.recipes.sections import (
-    Above0,
     Breach,
     Positive,
     Section,
     Text,
     Texts,
     Triple,
+    TripleAbove0,
     exactly,
     got,
     wrong,
@@ -107,10 +107,7 @@ class CalibrationSection(Section):
         description="What to subtract from each channel of a picture in [0, 1]; null is the "
         "model's own.",
     )
-    std: (
-        Annotated[tuple[Above0, Above0, Above0], Strict(False), exactly(3, "three numbers above 0")]
-        | None
-    ) = Field(
+    std: TripleAbove0 | None = Field(
         default=None, description="What to divide each channel by then; null is the model's own."
     )
 

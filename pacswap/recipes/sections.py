@@ -235,6 +235,9 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Pair = Annotated[tuple[Positive, Positive], Strict(False), exactly(2, "two whole numbers")]
 Triple = Annotated[tuple[float, float, float], Strict(False), exactly(3, "three numbers")]
+TripleAbove0 = Annotated[
+    tuple[Above0, Above0, Above0], Strict(False), exactly(3, "three numbers above 0")
+]
 Patterns = Annotated[
     Annotated[Pattern, Tag(TEXT)]
     | Annotated[tuple[Pattern, ...], Strict(False), Field(min_length=1), Tag(LIST)],
