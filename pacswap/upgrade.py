@@ -24,7 +24,7 @@ from pacswap.errors import PlanError, RecipeError
 from pacswap.recipes import LoadedRecipe, find_recipe, load_recipe, refuse_auto
 from pacswap.report import Report, measure_latency, versions
 from pacswap.surgery import Plan, calibrate, pac_layers, plan_groups, rewrite, verify
-from pacswap.surgery.calibrate import calibration_batch
+from pacswap.surgery.example import calibration_batch
 from pacswap.surgery.spec import Operation
 from pacswap.zoo import build, normalization
 

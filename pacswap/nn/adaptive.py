@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pacswap.errors import GuidanceError
+from pacswap.nn.guidance import Like
 from pacswap.nn.kernel import AdaptingKernel
 
 MASKED = "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
+
+
+# What a layer gains when it becomes adaptive; what surgery adds under it too.
+ADDED = (
+    "blend",
+    "adapting_kernel",
+    "enabled",
+    "guided_by",
+    "supply",
+    "shared_filters",
+    "guidance",
+)
 
 
 class Adaptive:
@@ -27,6 +41,8 @@ class Adaptive:
         takes_kernel: whether it can be called with `kernel=`; a CRF makes its kernels itself.
         enabled: False inside `pacswap.disabled`: the layer is then what it was before.
         guided_by: set by surgery, for the message of a call that forgets the guidance.
+        supply: set by surgery: from what has the layer's resolution to the kernel of the call that
+            runs now, or to None.
     """
 
     takes_kernel = True
@@ -34,6 +50,7 @@ class Adaptive:
     adapting_kernel: AdaptingKernel | None
     enabled: bool
     guided_by: str | None
+    supply: Callable[[Like], Tensor | None] | None
 
     def _adapt(self, blend: float, kernel: AdaptingKernel | None, like: Tensor | None) -> None:
         """Add what is adaptive; device and dtype are those of `like`."""
@@ -42,11 +59,22 @@ class Adaptive:
         self.adapting_kernel = kernel
         self.enabled = True
         self.guided_by = None
+        self.supply = None
 
     def _kernel(
-        self, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor | None = None
+        self,
+        guidance: Tensor | None,
+        kernel: Tensor | None,
+        mask: Tensor | None = None,
+        like: Like | None = None,
     ) -> Tensor:
-        """K, as it was given or from the guidance (and the mask of the input).
+        """K, as it was given, from the guidance (and the mask of the input), or as supplied.
+
+        Args:
+            guidance: f.
+            kernel: K.
+            mask: of the input.
+            like: what has the guidance's resolution, for a kernel that surgery supplies.
 
         Raises:
             GuidanceError: neither or both are given, or there is nothing to make K.
@@ -57,7 +85,10 @@ class Adaptive:
         if kernel is not None:
             return kernel
         if guidance is None:
-            raise GuidanceError(self._missing_guidance())
+            supplied = None if self.supply is None or like is None else self.supply(like)
+            if supplied is None:
+                raise GuidanceError(self._missing_guidance())
+            return supplied
         if self.adapting_kernel is None:
             raise GuidanceError(
                 f"this {name} has no adapting kernel of its own: it shares another layer's, or its "
@@ -71,6 +102,24 @@ class Adaptive:
                 "both: `with pacswap.disabled(model):`."
             )
         return made
+
+    def received(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The kernel that a call with these arguments works with, if it is not given features.
+
+        Args:
+            args: of `forward`.
+            kwargs: of `forward`.
+
+        Returns:
+            K as it was given, or as surgery supplies it; None if the layer makes it itself.
+        """
+        if kwargs.get("kernel") is not None or self.supply is None or not args:
+            return kwargs.get("kernel")
+        return self.supply(self._guided_like(args[0], kwargs))
+
+    def _guided_like(self, input: Tensor, kwargs: Mapping[str, Any]) -> Like:
+        """What has the resolution of the guidance of a call."""
+        return input
 
     def _missing_guidance(self) -> str:
         if self.guided_by is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
-from pacswap.nn.adaptive import MASKED, Adaptive
+from pacswap.nn.adaptive import ADDED, MASKED, Adaptive
 from pacswap.nn.kernel import KernelOptions, kernel_for
+from pacswap.nn.made import alike, made_class
+from pacswap.nn.variants import Variant, plain_class, variant_of
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class PacConv2d(Adaptive, nn.Conv2d):
         >>> layer(torch.rand(1, 8, 32, 32), torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 16, 32, 32])
     """
+
+    _variant = Variant()  # another one in the classes that `adaptive_class` makes
 
     def __init__(
         self,
@@ -101,20 +106,31 @@ class PacConv2d(Adaptive, nn.Conv2d):
     @property
     def window(self) -> Window:
         """The geometry of this layer."""
-        return make_window(
+        made = make_window(
             self.kernel_size,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             padding_mode=self.padding_mode,
         )
+        return replace(made.unpadded, same=True) if self._variant.same(self) else made
 
     @property
     def filters(self) -> Tensor:
-        """The weight as `F.conv2d` takes it, [C_out, C_in/groups, KH, KW]."""
+        """The weight that it convolves with, [C_out, C_in/groups, KH, KW].
+
+        The stored one, but for shared filters and for the twins of layers that standardise theirs.
+        """
         if self.shared_filters:
             return self.weight.expand(self.in_channels, -1, -1, -1)
-        return self.weight
+        made = self._variant.weight
+        return self.weight if made is None else made(self)
+
+    def _convolved(self, input: Tensor) -> Tensor:
+        """What the layer was before, to the last bit."""
+        if self.shared_filters:
+            return self._conv_forward(input, self.filters, self.bias)
+        return super().forward(input)  # of the class that it was made from
 
     @overload
     def forward(
@@ -158,12 +174,12 @@ class PacConv2d(Adaptive, nn.Conv2d):
         if mask is not None:
             return self._masked(input, guidance, kernel, mask)
         if not self.enabled:
-            return self._conv_forward(input, self.filters, self.bias)
-        kernel = self._kernel(guidance, kernel)
+            return self._convolved(input)
+        kernel = self._kernel(guidance, kernel, like=input)
         blended = ops.blended(kernel, self.blend).to(input.dtype)
         if not self._is_plain():
             return self._pac(input, blended)
-        output = self._conv_forward(input, self.filters, self.bias)
+        output = self._convolved(input)
         if not (torch.is_grad_enabled() and blended.requires_grad):
             return output
         return ops.attach_kernel_gradient(
@@ -171,16 +187,8 @@ class PacConv2d(Adaptive, nn.Conv2d):
         )
 
     def _pac(self, input: Tensor, kernel: Tensor) -> Tensor:
-        return ops.pac_conv2d(
-            input,
-            kernel,
-            self.filters,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+        return ops.convolve(
+            input, kernel, self.filters, self.bias, self.window, self.groups, "auto"
         )
 
     def _masked(
@@ -212,29 +220,23 @@ class PacConv2d(Adaptive, nn.Conv2d):
     ) -> PacConv2d:
         """The pixel-adaptive layer with a convolution's weights; `blend` starts at 0.
 
-        The parameters are the convolution's own objects, not copies; mode, device and dtype are
-        kept.
+        The parameters are the convolution's own objects, not copies; mode, device, dtype and
+        attributes are kept. The layer is of the convolution's class too (`StdConv2d`, say).
 
         Args:
-            conv: a `torch.nn.Conv2d`.
+            conv: a `torch.nn.Conv2d`, or a subclass that `why_not_adapt` knows.
             blend: where the learnable blend starts.
             own_kernel: False for a layer that is always called with `kernel=`.
             **kernel_options: as for the class.
+
+        Raises:
+            ShapeError: the convolution's class computes something else than a convolution.
         """
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            # On meta: nothing is initialised and no random number consumed.
-            device="meta",
-        )
-        layer.weight, layer.bias = conv.weight, conv.bias
+        refusal = why_not_adapt(type(conv))
+        if refusal is not None:
+            raise ShapeError(f"{refusal}.")
+        layer = alike(conv, adaptive_class(cls, type(conv)))
+        layer.shared_filters = False
         kernel = None
         if own_kernel:
             made = {"device": conv.weight.device, "dtype": conv.weight.dtype}
@@ -243,26 +245,48 @@ class PacConv2d(Adaptive, nn.Conv2d):
                 cls.__name__, layer.window, kernel_options, channels=channels, **made
             )
         layer._adapt(blend, kernel, conv.weight)
-        return layer.train(conv.training)
+        return layer
 
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution with this layer's weights as they are now.
 
         The parameters are the layer's own objects, but for a shared filter, which is repeated.
         """
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
-        conv.weight, conv.bias = self.weight, self.bias
+        conv = alike(self, plain_class(type(self)), without=ADDED)
         if self.shared_filters:
             conv.weight = nn.Parameter(self.filters.detach().clone(), self.weight.requires_grad)
-        return conv.train(self.training)
+            conv.groups = self.groups
+        return conv
+
+
+def adaptive_class(layer: type[PacConv2d], plain: type[nn.Module]) -> type[Any]:
+    """`layer` for convolutions of class `plain`: a subclass of both; the same one each time.
+
+    >>> class Mine(nn.Conv2d):
+    ...     pass
+    >>> issubclass(adaptive_class(PacConv2d, Mine), Mine)
+    True
+    """
+    if plain is plain_class(layer):
+        return layer
+    if (layer, plain) not in _classes:
+        namespace = {"__module__": __name__, "__doc__": layer.__doc__}
+        namespace["_variant"] = variant_of(plain)
+        bases = (layer, plain)
+        name = f"Pac{plain.__name__}"
+        _classes[layer, plain] = made_class(name, bases, namespace, adaptive_class, *bases)
+    return _classes[layer, plain]
+
+
+_classes: dict[tuple[type, type], type[Any]] = {}
+
+
+def why_not_adapt(plain: type[nn.Module]) -> str | None:
+    """Why convolutions of this class have no pixel-adaptive twin, or None."""
+    if variant_of(plain) is not None:
+        return None
+    return (
+        f"{plain.__name__} has a forward of its own, and what it computes would be lost. Known are "
+        "torch.nn.Conv1d, Conv2d and Conv3d, their subclasses that leave forward alone, and timm's "
+        "Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame"
+    )

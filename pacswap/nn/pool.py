@@ -121,7 +121,7 @@ class PacPool2d(Adaptive, nn.Module):
             return self._masked(input, guidance, kernel, mask)
         if not self.enabled:
             return self.plain(input)
-        kernel = self._kernel(guidance, kernel)
+        kernel = self._kernel(guidance, kernel, like=input)
         if self._rests(kernel):
             return self.plain(input)
         adapted = ops.pac_pool2d(input, kernel.to(input.dtype), self.window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
 from pacswap.nn.adaptive import MASKED, Adaptive
+from pacswap.nn.guidance import Like
 from pacswap.nn.kernel import KernelOptions, TransposedKernel, is_external
 from pacswap.ops.window import Size2
 
@@ -106,8 +107,11 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) for an input of that size: what its guidance has to have."""
-        window, steps = self._geometry(self.output_padding)
-        return window.output_size((height - 1) * steps[0] + 1, (width - 1) * steps[1] + 1)
+        return self._reached((height, width), self.output_padding)
+
+    def _reached(self, size: Sequence[int], output_padding: tuple[int, ...]) -> tuple[int, int]:
+        window, steps = self._geometry(output_padding)
+        return window.output_size((size[0] - 1) * steps[0] + 1, (size[1] - 1) * steps[1] + 1)
 
     def forward(  # type: ignore[override]
         self,
@@ -151,7 +155,8 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
             return self._masked(input, guidance, kernel, mask, options)
         if not self.enabled:
             return F.conv_transpose2d(input, self.weight, self.bias, **options)
-        kernel = self._kernel(guidance, kernel)
+        like = self._reached(input.shape[-2:], options["output_padding"])
+        kernel = self._kernel(guidance, kernel, like=like)
         blended = ops.blended(kernel, self.blend).to(input.dtype)
         if not self._is_plain():
             return ops.pac_conv_transpose2d(input, blended, self.weight, self.bias, **options)
@@ -167,6 +172,10 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
             window=window,
             groups=self.groups,
         )
+
+    def _guided_like(self, input: Tensor, kwargs: Mapping[str, Any]) -> Like:
+        extra = self._options(input, kwargs.get("output_size"))["output_padding"]
+        return self._reached(input.shape[-2:], extra)
 
     def _options(self, input: Tensor, output_size: list[int] | None) -> dict[str, Any]:
         """What `F.conv_transpose2d` is told beside the tensors."""

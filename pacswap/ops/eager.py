@@ -299,10 +299,10 @@ def _weight_layout(filters: Tensor, weight: Tensor) -> Tensor:
 
 def _unpadded(grad: Tensor, input: Tensor, window: Window) -> Tensor:
     """The gradient of the image from that of the image with its border, [B, C, H', W']."""
-    left, _, top, _ = window.pad
+    H, W = input.shape[-2:]
+    left, _, top, _ = window.border(H, W)
     # A transposed convolution that cuts more than its reach has a negative border.
     if min(window.pad) >= 0 and (window.padding_mode == "zeros" or not any(window.pad)):
-        H, W = input.shape[-2:]
         return grad[:, :, top : top + H, left : left + W].to(input.dtype)
     # The other borders repeat pixels of the image: let torch send their gradient back.
     with torch.enable_grad():

@@ -29,6 +29,8 @@ class Window:
         pad: (left, right, top, bottom), in pixels, as `torch.nn.functional.pad` takes it.
         padding_mode: one of `PADDING_MODES`.
         ceil: let a last window hang over the right and the bottom, as pooling's `ceil_mode` does.
+        same: pad with zeros, as much as ⌈H/stride⌉ × ⌈W/stride⌉ outputs need, the odd pixel at the
+            right and the bottom (TensorFlow's SAME); `pad` is 0 then.
     """
 
     kernel_size: tuple[int, int]
@@ -37,6 +39,7 @@ class Window:
     pad: tuple[int, int, int, int]
     padding_mode: str
     ceil: bool = False
+    same: bool = False
 
     @property
     def taps(self) -> int:
@@ -55,7 +58,7 @@ class Window:
     @property
     def unpadded(self) -> Window:
         """The same window over an image that has its border already, or needs none."""
-        return replace(self, pad=(0, 0, 0, 0), padding_mode="zeros", ceil=False)
+        return replace(self, pad=(0, 0, 0, 0), padding_mode="zeros", ceil=False, same=False)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) for an image of that size.
@@ -63,6 +66,8 @@ class Window:
         Raises:
             ShapeError: the padded image is smaller than the window.
         """
+        if self.same:
+            return tuple(-(-n // s) for n, s in zip((height, width), self.stride, strict=True))  # type: ignore[return-value]
         left, right, top, bottom = self.pad
         room_y = height + top + bottom - self.dilation[0] * (self.kernel_size[0] - 1) - 1
         room_x = width + left + right - self.dilation[1] * (self.kernel_size[1] - 1) - 1
@@ -83,6 +88,10 @@ class Window:
 
     def border(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) of an image of that size: `pad`, and what hangs over."""
+        if self.same:
+            top, bottom = self._same_border(0, height)
+            left, right = self._same_border(1, width)
+            return left, right, top, bottom
         left, right, top, bottom = self.pad
         if not self.ceil:
             return self.pad
@@ -91,6 +100,15 @@ class Window:
         below = (rows - 1) * self.stride[0] + reach[0] - (height + top + bottom)
         beside = (columns - 1) * self.stride[1] + reach[1] - (width + left + right)
         return left, right + max(beside, 0), top, bottom + max(below, 0)
+
+    def _same_border(self, axis: int, side: int) -> tuple[int, int]:
+        """(before, after) of one axis under `same`."""
+        step, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1)
+        if step == 1:
+            total = reach  # whatever the side: nothing for a compiler to guard
+        else:
+            total = torch.sym_max((-(-side // step) - 1) * step + reach + 1 - side, 0)
+        return total // 2, total - total // 2
 
     def padded(self, x: Tensor) -> Tensor:
         """`x` [B, C, H, W] with its border."""
@@ -102,7 +120,8 @@ class Window:
 
     def _has_border(self, border: tuple[int, int, int, int]) -> bool:
         # What hangs over differs between sizes: a compiler that looked would allow only one.
-        return any(self.pad) or (self.ceil and torch.compiler.is_compiling()) or any(border)
+        sized = self.ceil or (self.same and max(self.stride) > 1)
+        return any(self.pad) or (sized and torch.compiler.is_compiling()) or any(border)
 
     def slices(self, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
         """For each tap, the (rows, columns) of a padded image that the whole output sees."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from pacswap.surgery.checks import why_not_model
 from pacswap.surgery.cost import added_cost, model_parameters
 from pacswap.surgery.modes import kept_random
 from pacswap.surgery.operations import why_not_options
-from pacswap.surgery.plan import Cost, Plan, PlannedLayer, PlannedScope, refusal
-from pacswap.surgery.scope import ScopeFinder, resolve_sources
+from pacswap.surgery.plan import Cost, Plan, PlannedLayer, PlannedScope, RelayedSource, refusal
+from pacswap.surgery.relaying import RelayProbe, Request, why_not_relayed
+from pacswap.surgery.scope import ScopeFinder, TracedScope, resolve_sources
 from pacswap.surgery.select import is_pattern, select
 from pacswap.surgery.skeleton import ExampleInput, Observation, check_example, look, observe
 from pacswap.surgery.spec import Group, Operation
@@ -179,8 +181,13 @@ class _Analysis:
             self.bones.eval()
         return self.seen_train
 
-    def _scopes(self, claims: list[Claim]) -> list[tuple[PlannedScope, Probe, list[Claim]]]:
-        """Trace every scope and check that its guidances come before its layers."""
+    def _scopes(
+        self, claims: list[Claim]
+    ) -> list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]]:
+        """Trace every scope and check that its guidances come before its layers.
+
+        A scope that cannot have a graph keeps its own code, and its layers are fed while it runs.
+        """
         finder = ScopeFinder(self.model, self.bones, self.seen, self.train_observation)
         for index, group in enumerate(self.groups):
             own = [claim for claim in claims if claim.group == index]
@@ -188,25 +195,68 @@ class _Analysis:
             if own:
                 finder.add(index, group, [claim.name for claim in own], inserts=inserts)
         found = []
-        for scope, indices, faults in finder.traced():
-            group_of = {claim.name: claim.group for claim in claims if claim.group in indices}
-            for layer, fault in faults:
-                self._fault(fault, group_of.get(layer or "", indices[0]), "layers")
-            if scope is None:
-                continue
-            members_of = [claim for claim in claims if claim.group in indices]
-            probe, message = probe_scope(scope, self.bones, self.seen)
-            if message is not None:
-                self._fault(message)
-                continue
-            members_of = [located(claim, scope, probe) for claim in members_of]
-            if self._fed(scope, members_of, indices):
-                found.append((scope, probe, members_of))
+        for traced in finder.traced():
+            members = [claim for claim in claims if claim.group in traced.groups]
+            graph = self._graph(traced, members)
+            relay = self._relay(traced, members, alone=graph is None)
+            if graph is not None:
+                scope, probe, members = graph
+                found.append((replace(scope, relayed=relay and relay[0]), probe, members))
+            elif relay is not None:
+                why = traced.hidden[0][1]
+                scope = replace(traced.scope, train=None, evaluate=None, untraced=why)
+                found.append((replace(scope, relayed=relay[0]), relay[1], members))
         return found
 
-    def _fed(self, scope: PlannedScope, claims: list[Claim], indices: list[int]) -> bool:
-        """Whether every layer of a scope is reached after its guidance; notes why not."""
-        before = len(self.faults)
+    def _graph(
+        self, traced: TracedScope, members: list[Claim]
+    ) -> tuple[PlannedScope, Probe, list[Claim]] | None:
+        """A scope with its graphs, checked; without them, `traced.hidden` says why."""
+        if traced.hidden:
+            return None
+        scope = traced.scope
+        probe, message = probe_scope(scope, self.bones, self.seen)
+        if message is not None:
+            traced.hidden.append((None, message))
+            return None
+        members = [located(claim, scope, probe) for claim in members]
+        self._fed(scope, members, traced.groups)
+        return scope, probe, members
+
+    def _relay(
+        self, traced: TracedScope, members: list[Claim], *, alone: bool
+    ) -> tuple[tuple[tuple[int, tuple[RelayedSource, ...]], ...], RelayProbe] | None:
+        """What feeds a scope's layers while its own code runs, or None; notes why not if alone."""
+        requests = [
+            Request(
+                index,
+                self.groups[index],
+                tuple(claim.name for claim in members if claim.group == index),
+                any(is_inserted(self.groups[index].operation, c.target) for c in members),
+            )
+            for index in traced.groups
+        ]
+        reason = why_not_relayed(requests, self.model, self.seen)
+        if reason is not None:
+            group_of = {claim.name: claim.group for claim in members}
+            for layer, fault in traced.hidden if alone else ():
+                self._fault(fault, group_of.get(layer or "", traced.groups[0]), "layers")
+            return None
+        passes = [self.seen]
+        with suppress(PlanError):  # train mode may want more than the example input: targets, say
+            passes.append(self.train_observation())
+        scope = traced.scope
+        probe = RelayProbe(self.model, (scope.module, scope.method), passes)
+        faults = probe.faults(requests)
+        for _, group, field, fault in faults if alone else ():
+            self._fault(fault, group, field)
+        if faults:
+            return None
+        sources = tuple((r.index, probe.sources(r.group.guidance)) for r in requests)
+        return sources, probe
+
+    def _fed(self, scope: PlannedScope, claims: list[Claim], indices: list[int]) -> None:
+        """Note which layers of a scope are not reached after their guidance."""
         for claim in claims:
             operation = self.groups[claim.group].operation
             if claim.target.module is None:
@@ -222,10 +272,11 @@ class _Analysis:
             }
             for field, message in why_not_fed(scope, group.guidance, members, behind, self.seen):
                 self._fault(message, index, field)
-        return len(self.faults) == before
 
     def _assemble(
-        self, claims: list[Claim], scopes: list[tuple[PlannedScope, Probe, list[Claim]]]
+        self,
+        claims: list[Claim],
+        scopes: list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]],
     ) -> Plan:
         builder = Assembly(self.model, self.groups, self.sizes(claims))
         for index, (scope, probe, members) in enumerate(scopes):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
 from pacswap.errors import PlanError, nearest_hint
 from pacswap.surgery.analyse import plan_groups
-from pacswap.surgery.calibrate import calibrate, calibration_batch
+from pacswap.surgery.calibrate import calibrate
 from pacswap.surgery.checks import why_not_model, why_not_network
+from pacswap.surgery.example import calibration_batch, default_input
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.request import as_groups
 from pacswap.surgery.rewrite import rewrite
-from pacswap.surgery.skeleton import ExampleInput, look, observe, skeleton
+from pacswap.surgery.skeleton import ExampleInput, look
 from pacswap.surgery.spec import (
     CRFSpec,
     FilterSpec,
@@ -215,30 +213,3 @@ def layers(
     order = {call.name: call.order for call in reversed(seen.calls)}
     order |= {label: call.order for label, call in seen.functions.items()}
     return sorted(found, key=lambda info: order.get(info.name, len(seen.calls)))
-
-
-def default_input(model: nn.Module) -> Tensor:
-    """One image on the meta device, of the size that a model names, or 224×224, or 299×299.
-
-    The larger one is for networks that say nothing and do not train at 224×224 (Inception's
-    auxiliary head).
-    """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-
-    def image(size: tuple[int, ...]) -> Tensor:
-        return torch.empty(1, *size, device="meta", dtype=dtype)
-
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
-    channels = 3 if first is None else first.in_channels
-    if size is not None:
-        # in_chans=1 changes the first convolution and not what timm's configuration says.
-        return image((channels if first is not None else size[0], *size[1:]))
-    bones = skeleton(model).train()
-    for side in (224, 299):
-        with suppress(PlanError):
-            observe(bones, image((channels, side, side)).expand(2, -1, -1, -1))
-            return image((channels, side, side))
-    return image((channels, 224, 224))

@@ -17,7 +17,8 @@ from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
 from pacswap.surgery.targets import Target, in_words, is_inserted
 from pacswap.surgery.trace import LABEL
-from pacswap.surgery.wiring import Probe, locate_guidance
+from pacswap.surgery.relaying import RelayProbe
+from pacswap.surgery.wiring import Probe
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PREFIX = {"upsample": "guided", "append": "crf"}
@@ -56,7 +57,7 @@ class Assembly:
         self.faults: list[tuple[str, int, str]] = []
         self._shared: dict[object, int] = {}
 
-    def add(self, index: int, scope: PlannedScope, probe: Probe, claim: Claim) -> None:
+    def add(self, index: int, scope: PlannedScope, probe: Probe | RelayProbe, claim: Claim) -> None:
         """Plan one layer of the scope with that index."""
         group, target = self.groups[claim.group], claim.target
         inserted = is_inserted(group.operation, target)
@@ -68,7 +69,7 @@ class Assembly:
         old = None if inserted else target.module
         twin = None if old is None else skeleton(old)
         module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
-        filtered = {channels} if inserted else self._channels(scope, probe, claim.name)
+        filtered = {channels} if inserted else probe.channels(claim.name)
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
         if isinstance(module, PacFilter2d):
@@ -85,11 +86,11 @@ class Assembly:
                 tuple(kernels),
                 tuple(added),
                 layer_macs(module, channels, self.kernels[kernels[0]].output_size)
-                * max(1, self._calls(scope, claim.name)),
+                * max(1, probe.calls(claim.name)),
                 layer_numbers(module, channels, self.kernels[kernels[0]].output_size),
                 channels,
                 self._aliases(place),
-                self._calls(scope, claim.name),
+                probe.calls(claim.name),
             )
         )
 
@@ -130,13 +131,13 @@ class Assembly:
         return indices, list(added.items())
 
     def _guidance(
-        self, index: int, scope: PlannedScope, probe: Probe, claim: Claim, place: str
+        self, index: int, scope: PlannedScope, probe: Probe | RelayProbe, claim: Claim, place: str
     ) -> int:
         for known, guidance in enumerate(self.guidances):
             if (guidance.group, guidance.scope) == (claim.group, index):
                 return known
         group = self.groups[claim.group]
-        located = locate_guidance(scope, group.guidance, probe)
+        located = probe.locate(scope, group.guidance)
         planned = PlannedGuidance(
             group=claim.group,
             scope=index,
@@ -183,14 +184,6 @@ class Assembly:
                     "kernel",
                 )
             )
-
-    def _channels(self, scope: PlannedScope, probe: Probe, name: str) -> set[int]:
-        """C of what a layer filters, at each of its calls."""
-        shapes = [probe.shape(node.all_input_nodes[0]) for node in scope.nodes_of(name)]
-        return {shape[-3] for shape in shapes if shape is not None}
-
-    def _calls(self, scope: PlannedScope, name: str) -> int:
-        return max(len(trace.nodes_of(scope.local(name))) for trace in scope.traces)
 
     def _aliases(self, place: str) -> tuple[str, ...]:
         """The other names under which a place, there or to come, is registered."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pacswap import ops, scenes
+from pacswap import ops
 from pacswap.errors import PlanError
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance, PairwiseTerm, reduced
 from pacswap.surgery.modes import kept_modes, kept_random
@@ -24,35 +24,6 @@ _HALF = 2 * math.log(2)
 
 class _AllSeen(Exception):
     """Every kernel has seen its guidance: the rest of the forward pass is not needed."""
-
-
-def calibration_batch(example_input: ExampleInput) -> ExampleInput:
-    """Two drawn scenes, normalised like photographs, for a model of that example input.
-
-    Raises:
-        PlanError: the model's input is not one batch of images.
-    """
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    image = args[0] if len(args) == 1 else None
-    if isinstance(image, Tensor) and image.dim() == 4 and min(image.shape[2:]) < 16:
-        raise PlanError(
-            f"bandwidth 'auto' is set on images of at least 16×16, and the example input is "
-            f"{image.shape[2]}×{image.shape[3]}. Use a larger one (model.input_size in a recipe), "
-            "or give the bandwidth as a number."
-        )
-    if not isinstance(image, Tensor) or image.dim() != 4:
-        raise PlanError(
-            "bandwidth 'auto' needs images to calibrate on, and this model's input is not one "
-            "batch of images. Pass calibration=… (what the model takes), or a number as the "
-            "bandwidth."
-        )
-    height, width = image.shape[2:]
-    images, _ = scenes.draw_batch([0, 1], (height, width))
-    images = scenes.normalize(images)
-    channels = image.shape[1]
-    if channels != 3:
-        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    return images
 
 
 def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, float]:

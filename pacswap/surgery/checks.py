@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 
 from pacswap.errors import quoted
 from pacswap.nn import Adaptive
+from pacswap.nn.conv import why_not_adapt
+from pacswap.nn.variants import variant_of
 
 # Wrappers by class name: importing FSDP for an isinstance check costs a second.
 _WRAPPERS = {
@@ -66,15 +68,12 @@ def why_not_conv(conv: _ConvNd) -> str | None:
     reason = _why_not_own(conv)
     if reason is not None:
         return reason
-    own_forward = type(conv).forward is not nn.Conv2d.forward
-    if own_forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{kind} computes something else than Conv2d, which would be lost"
-    if type(conv) is not nn.Conv2d:
-        return (
-            f"{kind} is a subclass of Conv2d, which the swap would not give back. Use "
-            "torch.nn.Conv2d itself"
-        )
-    reason = _why_holding_more(conv, ("weight", "bias"))
+    unknown = why_not_adapt(type(conv))
+    if unknown is not None:
+        return unknown
+    variant = variant_of(type(conv))
+    assert variant is not None
+    reason = _why_holding_more(conv, ("weight", "bias", *variant.parameters))
     if reason is not None:
         return reason
     if max(conv.kernel_size) == 1:
@@ -134,14 +133,4 @@ def why_not_entered(module: nn.Module) -> str | None:
     hooks = why_hooked(module)
     if hooks is not None:
         return f"{hooks}, which would not run any more. Remove it first"
-    return why_not_traced(module)
-
-
-def why_not_traced(module: nn.Module) -> str | None:
-    """Why a method of a module that keeps its own call cannot be replaced by its trace."""
-    if getattr(module, "grad_checkpointing", False):
-        return (
-            "gradient checkpointing is on, which a trace would drop. Turn it off first: "
-            "model.set_grad_checkpointing(False)"
-        )
     return None

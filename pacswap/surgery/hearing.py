@@ -35,8 +35,10 @@ class Ears:
     def _receive(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        assert isinstance(layer, Adaptive)
+        received = layer.received(args, kwargs)
         for kernel, difference in self.made:
-            if kernel is kwargs.get("kernel"):
+            if kernel is received:
                 self.heard[name] = max(self.heard[name], difference)
 
     def _infer(self, name: str, crf: PacCRF, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,19 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing off for the moment: a trace would hold what it wraps."""
+    flagged = [m for m in model.modules() if getattr(m, "grad_checkpointing", False)]
+    try:
+        for module in flagged:
+            module.grad_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in flagged:
+            module.grad_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def kept_random() -> Iterator[None]:
     """Restore the random states that a forward pass on the CPU or on meta moves."""
     state = random.getstate()

@@ -29,7 +29,7 @@ from pacswap.surgery.spec import (
 from pacswap.surgery.targets import Target, is_inserted
 
 # What pixel-adaptive layers have and plain ones have not.
-OWN_ATTRIBUTES = ("enabled", "guided_by", "shared_filters", "window")
+OWN_ATTRIBUTES = ("enabled", "guided_by", "supply", "shared_filters", "window")
 
 
 def adaptive_module(
@@ -91,7 +91,9 @@ def plain_module(layer: Adaptive) -> nn.Module:
 
 def own_parameters(layer: Adaptive) -> set[str]:
     """The parameters of the plain layer that a pixel-adaptive one keeps."""
-    return {"weight", "bias"} if isinstance(layer, PacConv2d | PacConvTranspose2d) else set()
+    if isinstance(layer, PacConv2d):
+        return {"weight", "bias", *layer._variant.parameters}
+    return {"weight", "bias"} if isinstance(layer, PacConvTranspose2d) else set()
 
 
 def kernels_of(layer: Adaptive) -> dict[str, AdaptingKernel]:

@@ -146,6 +146,21 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
+class RelayedSource:
+    """A source of a guidance that can be noted while the network's own code runs.
+
+    Attributes:
+        name: as in `PlannedGuidance.sources`.
+        module: dotted name of the module that returns it (not for `input` and `external`).
+        cloned: whether it is overwritten in place later and so has to be copied.
+    """
+
+    name: str
+    module: str
+    cloned: bool
+
+
+@dataclass(frozen=True)
 class PlannedScope:
     """A method whose code is replaced by its rewritten graph; all around it stays as it is.
 
@@ -156,6 +171,10 @@ class PlannedScope:
         train: the graph of train mode, which serves both modes if `evaluate` is None.
         evaluate: the graph of eval mode, where it differs in more than mode flags.
         renamed: (name in the model, name in here) of modules that were registered elsewhere first.
+        untraced: why there is no graph, so that the method keeps its code and its layers are fed
+            while it runs; None where there is one.
+        relayed: what feeds the layers then, or on the way of another method: of each group, its
+            sources; None if only a graph can.
 
     The graphs are there until the plan has been carried out.
     """
@@ -166,6 +185,8 @@ class PlannedScope:
     train: Trace | None = field(repr=False, compare=False)
     evaluate: Trace | None = field(repr=False, compare=False)
     renamed: tuple[tuple[str, str], ...] = ()
+    untraced: str | None = None
+    relayed: tuple[tuple[int, tuple[RelayedSource, ...]], ...] | None = None
 
     @property
     def traces(self) -> tuple[Trace, ...]:

@@ -14,42 +14,144 @@ import inspect
 import itertools
 import linecache
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+from pacswap.nn.made import made_class
+from pacswap.surgery.relay import Relay, graphed, relayed
 
 _SLOT = "_pacswap_program"
 _counter = itertools.count()
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a graph takes for granted.
+
+    Attributes:
+        required: how many arguments have no default.
+        defaults: the others, each with the default that the graph was traced with.
+        one_mode: modules that have to be in the mode of the whole, because each mode has a graph.
+    """
+
+    required: int
+    defaults: tuple[tuple[str, Any], ...] = ()
+    one_mode: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], one_mode: tuple[str, ...] = ()) -> Needs:
+        """Those of a method's graph."""
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in kinds]
+        defaults = tuple((p.name, p.default) for p in named if p.default is not p.empty)
+        return cls(len(named) - len(defaults), defaults, one_mode)
+
+
+def is_default(value: Any, defaults: tuple[tuple[str, Any], ...], name: str) -> bool:
+    """Whether an argument has its default; one without a default may be anything."""
+    for known, default in defaults:
+        if known == name:
+            same = value is default
+            return same or (not isinstance(value, Tensor) and bool(value == default))
+    return True
+
+
 class Program:
-    """The code of one or two graphs (train and eval mode). Immutable; copies are the object itself.
+    """What runs in place of a method. Immutable; copies are the object itself.
 
     Attributes:
         method: the name of the method that it replaces.
-        sources: generated Python for train mode and for eval mode (the same where one graph does).
+        sources: generated Python for train mode and for eval mode (the same where one graph does);
+            None where the method keeps its code and its layers are fed by the relay.
         names: what the generated code refers to: functions and classes, by the name it uses.
         keywords: keyword arguments that the method gains.
+        relay: what feeds the layers where no graph runs; None if only the graph can.
+        needs: what must hold at a call for the graphs to be right.
     """
 
     def __init__(
         self,
         method: str,
-        sources: tuple[str, str],
+        sources: tuple[str, str] | None,
         names: tuple[dict[str, Any], dict[str, Any]],
         keywords: tuple[str, ...],
+        relay: Relay | None,
+        needs: Needs,
     ) -> None:
         self.method, self.sources, self.names, self.keywords = method, sources, names, keywords
-        train = _compiled(sources[0], names[0])
-        self.train = train
-        self.evaluate = train if sources[0] == sources[1] else _compiled(sources[1], names[1])
+        self.relay, self.needs = relay, needs
+        self.train = self.evaluate = None
+        if sources is not None:
+            train = _compiled(sources[0], names[0])
+            self.train = train
+            self.evaluate = train if sources[0] == sources[1] else _compiled(sources[1], names[1])
 
     @classmethod
-    def of(cls, method: str, graphs: tuple[fx.Graph, ...], keywords: tuple[str, ...]) -> Program:
-        """The program of one graph for both modes, or of a train and an eval graph."""
+    def of(
+        cls,
+        method: str,
+        graphs: tuple[fx.Graph, ...],
+        keywords: tuple[str, ...],
+        relay: Relay | None,
+        needs: Needs,
+    ) -> Program:
+        """The program of no graph, of one for both modes, or of a train and an eval graph."""
+        if not graphs:
+            return cls(method, None, ({}, {}), keywords, relay, needs)
         codes = [graph.python_code("self") for graph in graphs]
         first, last = codes[0], codes[-1]
-        return cls(method, (first.src, last.src), (first.globals, last.globals), keywords)
+        names = (first.globals, last.globals)
+        return cls(method, (first.src, last.src), names, keywords, relay, needs)
+
+    def run(
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the method: by its graph where that is right, in its own words elsewhere."""
+        function = self.train if module.training else self.evaluate
+        if function is not None and (self.relay is None or self._is_right(module, args, kwargs)):
+            return graphed(module, function, args, kwargs)
+        return self.hand_on(module, original, args, kwargs)
+
+    def hand_on(
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a method's own code, whose layers are fed by the relay."""
+        if self.relay is None:
+            return original(module, *args, **kwargs)
+        given = kwargs
+        external = None
+        if self.keywords:
+            given = {key: value for key, value in kwargs.items() if key not in self.keywords}
+            external = kwargs.get(self.keywords[0])
+        return relayed(module, self.relay, external, original, args, given)
+
+    def _is_right(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all is as it was when the graphs were traced."""
+        assert self.relay is not None
+        if self.relay.checkpointing and self.relay.is_checkpointing(module):
+            return False
+        needs = self.needs
+        if needs.one_mode:
+            training = module.training
+            if any(module.get_submodule(name).training != training for name in needs.one_mode):
+                return False
+        extra = args[needs.required :]
+        if not extra and not kwargs:
+            return True
+        names = [name for name, _ in needs.defaults]
+        asked = [*zip(names, extra, strict=False), *kwargs.items()]
+        return all(is_default(value, needs.defaults, name) for name, value in asked)
 
     def __copy__(self) -> Program:
         return self
@@ -59,7 +161,8 @@ class Program:
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = tuple({k: _Module.wrap(v) for k, v in part.items()} for part in self.names)
-        return _restored, (self.method, self.sources, names, self.keywords)
+        rest = (self.keywords, self.relay, self.needs)
+        return _restored, (self.method, self.sources, names, *rest)
 
 
 class _Module:
@@ -79,12 +182,12 @@ class _Module:
 
 def _restored(
     method: str,
-    sources: tuple[str, str],
+    sources: tuple[str, str] | None,
     names: tuple[dict[str, Any], dict[str, Any]],
-    keywords: tuple[str, ...],
+    *rest: Any,
 ) -> Program:
     train, evaluate = ({k: _Module.unwrap(v) for k, v in part.items()} for part in names)
-    return Program(method, sources, (train, evaluate), keywords)
+    return Program(method, sources, (train, evaluate), *rest)
 
 
 def install(module: nn.Module, program: Program) -> None:
@@ -117,48 +220,41 @@ def upgraded_class(base: type[nn.Module], method: str) -> type[nn.Module]:
 
 
 def _subclass(base: type[nn.Module], method: str) -> type[nn.Module]:
-    original = getattr(base, method)
-
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        program = vars(self).get(_SLOT)
-        if (
-            program is None
-        ):  # made by the class itself, as slicing a Sequential does: no graph, no swap
-            return original(self, *args, **kwargs)
-        function = program.train if self.training else program.evaluate
-        return function(self, *args, **kwargs)
-
-    functools.update_wrapper(run, original)
     namespace = {
-        method: run,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce_ex,
         "_pacswap_base": base,
         "_pacswap_method": method,
+        method: _replaced(base, method, "run"),
     }
-    return type(base.__name__, (base,), namespace)
+    for name in _other_ways(base, method):
+        namespace[name] = _replaced(base, name, "hand_on")
+    return made_class(base.__name__, (base,), namespace, upgraded_class, base, method)
 
 
-def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickle by base class and method: the subclass has no importable name."""
-    cls = type(self)
-    reduced = super(cls, self).__reduce_ex__(protocol)
-    assert isinstance(reduced, tuple)
-    made_by, arguments = reduced[0], reduced[1]
-    assert arguments[0] is cls or made_by is not None
-    rest = tuple(a for a in arguments if a is not cls)
-    return (
-        _new_upgraded,
-        (vars(cls)["_pacswap_base"], vars(cls)["_pacswap_method"], *rest),
-        *reduced[2:],
-    )
+def _other_ways(base: type[nn.Module], method: str) -> list[str]:
+    """Methods that also run layers of the network, such as timm's `forward_intermediates`.
+
+    `forward` is none where another method is replaced: it calls that one.
+    """
+    names = [n for n in dir(base) if n.startswith("forward") or n == "get_intermediate_layers"]
+    functions = [n for n in names if inspect.isfunction(getattr(base, n))]
+    return [name for name in functions if name not in (method, "forward")]
 
 
-def _new_upgraded(base: type[nn.Module], method: str, *args: Any) -> nn.Module:
-    cls = upgraded_class(base, method)
-    return cls.__new__(cls, *args)
+def _replaced(base: type[nn.Module], name: str, how: str) -> Callable[..., Any]:
+    """A method that lets the instance's program answer."""
+    original = getattr(base, name)
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        program = vars(self).get(_SLOT)
+        if program is None:  # made by the class itself, as slicing a Sequential does
+            return original(self, *args, **kwargs)
+        return getattr(program, how)(self, original, args, kwargs)
+
+    functools.update_wrapper(run, original)
+    return run
 
 
 def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ from torch import fx, nn
 from torch.fx.node import Node
 
 from pacswap.nn import resize_guidance
-from pacswap.surgery.plan import Plan, PlannedLayer, PlannedScope
-from pacswap.surgery.program import Program
+from pacswap.surgery.plan import Plan, PlannedGuidance, PlannedLayer, PlannedScope
+from pacswap.surgery.program import Needs, Program
+from pacswap.surgery.relay import Relay, RelayedGuidance, Supply, add_hooks
 from pacswap.surgery.runtime import (
     blurred_size,
     fitting_features,
@@ -36,7 +37,66 @@ def program_of(model: nn.Module, plan: Plan, scope: PlannedScope) -> Program:
         guidance.is_external and plan.scopes[guidance.scope] is scope for guidance in plan.guidances
     )
     graphs = tuple(_rewired(model, trace, plan, scope, external) for trace in scope.traces)
-    return Program.of(scope.method, graphs, ("guidance",) if external else ())
+    root = model.get_submodule(scope.module)
+    one_mode = tuple(scope.traces[0].entered) if scope.evaluate is not None else ()
+    return Program.of(
+        scope.method,
+        graphs,
+        ("guidance",) if external else (),
+        relay_of(model, plan, scope),
+        Needs.of(getattr(type(root), scope.method), one_mode),
+    )
+
+
+def relay_of(model: nn.Module, plan: Plan, scope: PlannedScope) -> Relay | None:
+    """What feeds a scope's layers where its own code runs; None if only a graph can."""
+    if scope.relayed is None:
+        return None
+    sources = dict(scope.relayed)
+    guidances = tuple(
+        RelayedGuidance(
+            guidance.sources,
+            scope.local(guidance.owner),
+            guidance.spec.resize,
+            tuple(source.cloned for source in sources[guidance.group]),
+        )
+        for guidance in _guidances_in(plan, scope)
+    )
+    root = model.get_submodule(scope.module)
+    flags = [name for name, m in root.named_modules() if hasattr(m, "grad_checkpointing")]
+    return Relay(guidances, tuple(flags))
+
+
+def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
+    """Let sources note what they return, and layers ask for it, where a scope's own code runs."""
+    if scope.relayed is None:
+        return
+    guidances = _guidances_in(plan, scope)
+    on_the_way: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        if plan.scope_of(layer) is not scope:
+            continue
+        index = guidances.index(plan.guidance_of(layer))
+        owner = scope.local(plan.kernels[layer.kernel].owner)
+        model.get_submodule(layer.place).supply = Supply(index, owner)
+        on_the_way.setdefault(layer.place, [])
+    for source in {source for _, given in scope.relayed for source in given}:
+        if source.module in ("input", "external"):
+            continue
+        on_the_way.setdefault(source.module, []).append(source.name)
+    for name in list(on_the_way):
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            around = ".".join(parts[:depth])
+            if around.startswith(f"{scope.module}.") or not scope.module:
+                on_the_way.setdefault(around, [])
+    for name, sources_here in on_the_way.items():
+        if name != scope.module:
+            add_hooks(model.get_submodule(name), tuple(dict.fromkeys(sources_here)))
+
+
+def _guidances_in(plan: Plan, scope: PlannedScope) -> list[PlannedGuidance]:
+    return [g for g in plan.guidances if plan.scopes[g.scope] is scope]
 
 
 def _rewired(
@@ -84,7 +144,12 @@ class _Wiring:
         self.kernels: dict[tuple[int, tuple[int, int]], tuple[Node, Node]] = {}
 
     def add_guards(self, model: nn.Module) -> None:
-        """Check at each call that what the trace took for granted still holds."""
+        """Check at each call that what the trace took for granted still holds.
+
+        Where a relay can do without the graph, `Program` asks before it runs one.
+        """
+        if self.scope.relayed is not None:
+            return
         root = model.get_submodule(self.scope.module)
         inside = {name: root.get_submodule(name) for name in ("", *self.trace.entered)}
         paths = {name: f"{name}." if name else "" for name in inside}

@@ -15,7 +15,8 @@ from pacswap.nn import AdaptingKernel, Adaptive, Guidance
 from pacswap.surgery.operations import OWN_ATTRIBUTES, adaptive_module, own_parameters, plain_module
 from pacswap.surgery.plan import Plan, PlannedLayer
 from pacswap.surgery.program import install, is_installed, uninstall
-from pacswap.surgery.rewire import program_of
+from pacswap.surgery.relay import remove_hooks
+from pacswap.surgery.rewire import hook_up, program_of
 from pacswap.surgery.skeleton import copy_model
 from pacswap.surgery.targets import Target, in_words, why_not
 
@@ -57,6 +58,7 @@ def _rewritten(upgraded: nn.Module, plan: Plan) -> nn.Module:
         ).train(owner.training)
     for scope in plan.scopes:
         install(upgraded.get_submodule(scope.module), program_of(upgraded, plan, scope))
+        hook_up(upgraded, plan, scope)
     vars(upgraded)[PLAN] = plan.record()
     upgraded.register_load_state_dict_post_hook(_accept_old_checkpoint)
     return upgraded
@@ -84,6 +86,7 @@ def revert(model: nn.Module) -> nn.Module:
     for name, module in list(plain.named_modules()):
         if isinstance(module, Adaptive):
             _replace(plain, name, plain_module(module), forget=OWN_ATTRIBUTES)
+        remove_hooks(module)
         if is_installed(module):
             uninstall(module)
     del vars(plain)[PLAN]
@@ -139,7 +142,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def _check_same(model: nn.Module, plan: Plan) -> None:
     """Raise unless every planned layer is the convolution that was planned for."""
-    if any(not scope.traces for scope in plan.scopes):
+    if any(not scope.traces and scope.untraced is None for scope in plan.scopes):
         raise PlanError(
             "this plan was carried out already and has no graphs any more. Plan again: "
             "pacswap.plan(model, …)."

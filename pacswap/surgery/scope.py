@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from pacswap.errors import nearest, quoted
-from pacswap.surgery.checks import why_not_entered, why_not_traced
+from pacswap.surgery.checks import why_not_entered
+from pacswap.surgery.modes import without_checkpointing
 from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.select import is_pattern, matching
 from pacswap.surgery.skeleton import FUNCTION, Call, Entry, Observation
@@ -33,6 +34,21 @@ class _Draft:
     groups: list[int]
     enter: set[str] = field(default_factory=set)
     layers: dict[str, str] = field(default_factory=dict)  # with what is done to them
+
+
+@dataclass
+class TracedScope:
+    """What became of a draft.
+
+    Attributes:
+        scope: with its graphs, unless there is a reason why not.
+        groups: the indices of those that it serves.
+        hidden: (layer, or None for the scope as a whole, and why) of what is not in the graphs.
+    """
+
+    scope: PlannedScope
+    groups: list[int]
+    hidden: list[tuple[str | None, str]]
 
 
 class ScopeFinder:
@@ -79,22 +95,17 @@ class ScopeFinder:
                 draft.enter.update(_between(call.stack if is_label else call.stack[:-1], entry))
         self._merge(draft)
 
-    def traced(
-        self,
-    ) -> Iterator[tuple[PlannedScope | None, list[int], list[tuple[str | None, str]]]]:
-        """Each scope with its graphs (None if it cannot be had), its groups, and its faults.
-
-        A fault is a layer, or None for the scope as a whole, and the reason.
-        """
+    def traced(self) -> Iterator[TracedScope]:
+        """Each scope with its graphs, or why it cannot have them."""
         for draft in self.drafts:
             module = self.model.get_submodule(draft.entry[0])
-            faults = self._why_not(draft, module)
-            if faults:
-                yield None, draft.groups, [(None, fault) for fault in faults]
-                continue
             scope = PlannedScope(
                 *draft.entry, type(module).__name__, None, None, self._renamed(draft)
             )
+            faults = self._why_not(draft)
+            if faults:
+                yield TracedScope(scope, draft.groups, [(None, fault) for fault in faults])
+                continue
             try:
                 scope = self._trace(draft, scope)
             except TraceFailure as failure:
@@ -104,9 +115,9 @@ class ScopeFinder:
                     else "the model"
                 )
                 fault = f"{where} cannot be traced: {failure}. {_NEARER}"
-                yield None, draft.groups, [(None, fault)]
+                yield TracedScope(scope, draft.groups, [(None, fault)])
                 continue
-            yield scope, draft.groups, _hidden_layers(scope, draft.layers)
+            yield TracedScope(scope, draft.groups, _hidden_layers(scope, draft.layers))
 
     def _merge(self, draft: _Draft) -> None:
         """Add a scope, absorbing or being absorbed by those that it overlaps."""
@@ -125,12 +136,8 @@ class ScopeFinder:
             )
         self.drafts.append(draft)
 
-    def _why_not(self, draft: _Draft, module: nn.Module) -> list[str]:
+    def _why_not(self, draft: _Draft) -> list[str]:
         faults = []
-        name = draft.entry[0]
-        reason = why_not_traced(module)
-        if reason is not None:
-            faults.append(f"{f'{name!r}' if name else 'the model'} cannot be rewired: {reason}.")
         for inner in sorted(draft.enter):
             reason = why_not_entered(self.model.get_submodule(inner))
             if reason is not None:
@@ -149,7 +156,8 @@ class ScopeFinder:
         name, method = draft.entry
         enter = [scope.local(inner) for inner in draft.enter]
         module = self.bones.get_submodule(name)
-        train, evaluate = trace_modes(module, method, enter, self.bones.train)
+        with without_checkpointing(module):
+            train, evaluate = trace_modes(module, method, enter, self.bones.train)
         return replace(scope, train=train, evaluate=evaluate)
 
 

@@ -67,15 +67,17 @@ class Observation:
         calls: the calls of modules' methods.
         functions: the calls of `F.interpolate`, by the labels that a trace gives them.
         arguments: of the first call of each entry, on meta.
-        outputs: likewise.
         macs: multiply-accumulates of convolutions and matrix products.
+        overwritten: the orders of calls whose output was changed in place afterwards.
+        overwrites_input: whether the model's own input was.
     """
 
     calls: list[Call] = field(default_factory=list)
     functions: dict[str, Call] = field(default_factory=dict)
     arguments: dict[Entry, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    outputs: dict[Entry, Any] = field(default_factory=dict)
     macs: int = 0
+    overwritten: set[int] = field(default_factory=set)
+    overwrites_input: bool = False
 
     def of(self, name: str) -> list[Call]:
         """The calls of one module's `forward`, or that of a function with this label."""
@@ -99,8 +101,20 @@ def look(model: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Obse
         return bones, observe(bones, example_input)
     except PlanError:
         if all(parameter.is_meta for parameter in model.parameters()):
-            raise
+            return _look_empty(bones, example_input)
     bones = skeleton(model, meta=False).eval()
+    return bones, observe(bones, example_input)
+
+
+def _look_empty(bones: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Observation]:
+    """As `look`, for a model without values that the meta device cannot run: it gets some."""
+    bones.to_empty(device="cpu")
+    with torch.no_grad(), kept_random():
+        torch.manual_seed(0)
+        for parameter in bones.parameters():
+            parameter.normal_(std=0.02)
+        for name, buffer in bones.named_buffers():
+            buffer.fill_(1 if name.endswith("running_var") else 0)
     return bones, observe(bones, example_input)
 
 
@@ -189,15 +203,19 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     """
     seen = Observation()
     stack: list[tuple[int, Entry]] = []
-    undo = _watch(bones, seen, stack)
+    made: dict[int, tuple[Tensor, int]] = {}
+    undo = _watch(bones, seen, stack, made)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
         functions = _Functions(seen, stack)
         with torch.no_grad(), kept_random(), functions, MacCounter() as counter:
+            given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
             bones(*args)
             seen.macs = counter.macs
+            seen.overwrites_input = any(t._version != version for t, version in given)
+            seen.overwritten = {n for n, (t, version) in made.items() if t._version != version}
     except Exception as error:  # the model's own code: anything can come out of it
         shapes = [
             tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)
@@ -253,19 +271,26 @@ class _Functions(TorchFunctionMode):
 
 
 def _watch(
-    bones: nn.Module, seen: Observation, stack: list[tuple[int, Entry]]
+    bones: nn.Module,
+    seen: Observation,
+    stack: list[tuple[int, Entry]],
+    made: dict[int, tuple[Tensor, int]],
 ) -> list[Callable[[], None]]:
     """Wrap every module's `forward` and split methods; returns what undoes it."""
     undo: list[Callable[[], None]] = []
     for name, module in bones.named_modules():
         for method in ("forward", *SPLIT_METHODS):
             if callable(getattr(module, method, None)):
-                undo.append(_watch_method(module, (name, method), seen, stack))
+                undo.append(_watch_method(module, (name, method), seen, stack, made))
     return undo
 
 
 def _watch_method(
-    module: nn.Module, entry: Entry, seen: Observation, stack: list[tuple[int, Entry]]
+    module: nn.Module,
+    entry: Entry,
+    seen: Observation,
+    stack: list[tuple[int, Entry]],
+    made: dict[int, tuple[Tensor, int]],
 ) -> Callable[[], None]:
     name = entry[1]
     own = vars(module).get(name)
@@ -279,7 +304,8 @@ def _watch_method(
         output = original(*args, **kwargs)
         stack.pop()
         seen.calls[order - 1] = replace(seen.calls[order - 1], output_shape=_shape(output))
-        seen.outputs.setdefault(entry, output)
+        if isinstance(output, Tensor):
+            made[order] = output, output._version
         return output
 
     def restore() -> None:

@@ -139,12 +139,12 @@ def _of_layer(
     kwargs: dict[str, Any],
 ) -> None:
     """A layer that surgery rewired receives K; one in a network of the user's own, the features."""
-    given = kwargs.get("kernel")
+    assert isinstance(layer, Adaptive)
+    given = layer.received(args, kwargs)
     for output, kernel, features in made:
         if output is given:
             see(Seen(name, None, kernel, features))
     guidance = kwargs.get("guidance", args[1] if len(args) > 1 else None)
-    assert isinstance(layer, Adaptive)
     if isinstance(guidance, Tensor) and layer.enabled and layer.adapting_kernel is not None:
         batched = guidance[None] if guidance.dim() == 3 else guidance
         if isinstance(layer, PacFilter2d):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -56,6 +56,20 @@ class Probe:
     def output_size(self, layer: str) -> tuple[int, int]:
         """H, W of what a layer returns."""
         return self.feature_map(layer, inserted=True)[1:]
+
+    def channels(self, layer: str) -> set[int]:
+        """C of what a layer filters, at each of its calls."""
+        shapes = [self.shape(node.all_input_nodes[0]) for node in self.scope.nodes_of(layer)]
+        return {shape[-3] for shape in shapes if shape is not None}
+
+    def calls(self, layer: str) -> int:
+        """How often a layer runs."""
+        local = self.scope.local(layer)
+        return max(len(trace.nodes_of(local)) for trace in self.scope.traces)
+
+    def locate(self, scope: PlannedScope, spec: GuidanceSpec) -> Located:
+        """The sources of a guidance, with what they return."""
+        return locate_guidance(scope, spec, self)
 
 
 @dataclass(frozen=True)
@@ -189,7 +203,6 @@ def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Lo
     """Find a guidance's sources in a scope whose wiring has been checked."""
     shapes: list[tuple[int, ...] | None] = []
     cloned: list[bool] = []
-    unusable: list[str] = []
     sources = source_names(scope, spec)
     for source in sources:
         nodes = [source_node(trace, scope, source) for trace in scope.traces]
@@ -197,6 +210,14 @@ def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Lo
         shape = probe.shape(present[0]) if present else None
         shapes.append(shape)
         cloned.append(any(node in probe.overwritten for node in present))
+    unusable = why_not_maps(sources, shapes)
+    return Located(spec, tuple(sources), tuple(shapes), tuple(cloned), tuple(unusable))
+
+
+def why_not_maps(sources: list[str], shapes: Sequence[tuple[int, ...] | None]) -> list[str]:
+    """Why what these sources return is no guidance; an external one is not known yet."""
+    unusable = []
+    for source, shape in zip(sources, shapes, strict=True):
         if source == "external":
             continue
         if shape is None:
@@ -208,7 +229,7 @@ def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Lo
             unusable.append(
                 f"'{source}' returns {list(shape)}; a guidance is a feature map [B, D, H, W]."
             )
-    return Located(spec, tuple(sources), tuple(shapes), tuple(cloned), tuple(unusable))
+    return unusable
 
 
 def source_names(scope: PlannedScope, spec: GuidanceSpec) -> list[str]:

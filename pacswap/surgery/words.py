@@ -36,7 +36,10 @@ def plan_in_words(plan: Plan) -> str:
         plain = "the plain convolution" if group.operation == "swap" else "as it was"
         lines.append(f"  {'kernel':<12}{_kernel_in_words(kernels, guidance.is_external, plain)}")
         lines += [f"  {title:<12}{text}" for title, text in _options_in_words(plan, group)]
-    lines += [f"  {'rewired':<12}{_scope_in_words(scope)}" for scope in plan.scopes]
+    for scope in plan.scopes:
+        lines.append(f"  {'rewired':<12}{_scope_in_words(scope)}")
+        if scope.untraced is not None:
+            lines.append(f"  {'':<12}because {scope.untraced.split('. ')[0].rstrip('.')}")
     cost = plan.cost
     lines += [
         f"  {'parameters':<12}{plus(cost.parameters, cost.added_parameters)}",
@@ -114,6 +117,8 @@ def _kernel_in_words(kernels: Sequence[PlannedKernel], external: bool, plain: st
 
 def _scope_in_words(scope: PlannedScope) -> str:
     where = f"{scope.module}.{scope.method}" if scope.module else scope.method
+    if scope.untraced is not None:
+        return f"{where} ({scope.kind}) keeps its code, features are handed on while it runs"
     graphs = "" if scope.evaluate is None else ", a graph for each mode"
     return f"{where} ({scope.kind}){graphs}, the rest keeps its code"
 

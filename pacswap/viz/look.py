@@ -44,7 +44,8 @@ class Looked:
         window, index = self.window, (row, column)
         KH, KW = window.kernel_size
         taps = ((KH - 1) // 2, (KW - 1) // 2)
-        before = (window.pad[2], window.pad[0])
+        left, _, top, _ = window.border(*self.features.shape[-2:])
+        before = (top, left)
         y, x = (
             index[axis] * window.stride[axis] - before[axis] + taps[axis] * window.dilation[axis]
             for axis in (0, 1)
