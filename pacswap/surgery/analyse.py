@@ -191,9 +191,8 @@ class _Analysis:
         finder = ScopeFinder(self.model, self.bones, self.seen, self.train_observation)
         for index, group in enumerate(self.groups):
             own = [claim for claim in claims if claim.group == index]
-            inserts = any(is_inserted(group.operation, claim.target) for claim in own)
             if own:
-                finder.add(index, group, [claim.name for claim in own], inserts=inserts)
+                finder.add(index, group, [claim.name for claim in own])
         found = []
         for traced in finder.traced():
             members = [claim for claim in claims if claim.group in traced.groups]
@@ -236,7 +235,8 @@ class _Analysis:
             )
             for index in traced.groups
         ]
-        reason = why_not_relayed(requests, self.model, self.seen)
+        entry = (traced.scope.module, traced.scope.method)
+        reason = why_not_relayed(requests, self.model, entry, self.seen)
         if reason is not None:
             group_of = {claim.name: claim.group for claim in members}
             for layer, fault in traced.hidden if alone else ():
@@ -245,8 +245,7 @@ class _Analysis:
         passes = [self.seen]
         with suppress(PlanError):  # train mode may want more than the example input: targets, say
             passes.append(self.train_observation())
-        scope = traced.scope
-        probe = RelayProbe(self.model, (scope.module, scope.method), passes)
+        probe = RelayProbe(self.model, entry, passes)
         faults = probe.faults(requests)
         for _, group, field, fault in faults if alone else ():
             self._fault(fault, group, field)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like
+from pacswap.surgery.runtime import required_guidance
 from pacswap.surgery.spec import Resize
 
 _TAG = "_pacswap_frame"
@@ -52,9 +53,13 @@ class Relay:
     guidances: tuple[RelayedGuidance, ...]
     checkpointing: tuple[str, ...]
 
+    def has(self, source: str) -> bool:
+        """Whether a guidance has that source."""
+        return any(source in guidance.sources for guidance in self.guidances)
+
     def is_checkpointing(self, root: nn.Module) -> bool:
         """Whether one of those flags is set."""
-        return any(getattr(_inner(root, name), "grad_checkpointing") for name in self.checkpointing)
+        return any(_inner(root, name).grad_checkpointing for name in self.checkpointing)
 
 
 class Frame:
@@ -164,9 +169,13 @@ def relayed(
     if running is not None and running.root is root:  # one method calls another
         return original(root, *args, **kwargs)
     frame = Frame(root, relay)
-    frame.give("input", next(iter((*args, *kwargs.values())), None)) if _has_input(relay) else None
-    if external is not None:
-        frame.give("external", external)
+    if relay.has("input"):
+        frame.give("input", next(iter((*args, *kwargs.values())), None))
+    if relay.has("external"):
+        enabled = all(_inner(root, guidance.owner).guidance.enabled for guidance in relay.guidances)
+        given = required_guidance(external, enabled)
+        if given is not None:
+            frame.give("external", given)
     _local.frames.append(frame)
     try:
         return original(root, *args, **kwargs)
@@ -185,10 +194,6 @@ def graphed(
         return function(root, *args, **kwargs)
     finally:
         _local.frames.pop()
-
-
-def _has_input(relay: Relay) -> bool:
-    return any("input" in guidance.sources for guidance in relay.guidances)
 
 
 class Supply:
@@ -256,12 +261,12 @@ class Leave:
 HOOKS = (Tap, Resume, Leave)
 
 
-def add_hooks(module: nn.Module, sources: tuple[str, ...] | None) -> None:
+def add_hooks(module: nn.Module, sources: tuple[str, ...]) -> None:
     """Hook a module that is a source, contains one, or contains a layer.
 
     Args:
         module: the module.
-        sources: those that it is; None for one on the way to a source or a layer.
+        sources: the names of those that it is, if any.
     """
     module.register_forward_pre_hook(Resume())
     if sources:

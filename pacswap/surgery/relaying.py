@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pacswap.errors import quoted
 from pacswap.surgery.plan import PlannedScope, RelayedSource
-from pacswap.surgery.scope import resolve_sources
+from pacswap.surgery.scope import is_list, resolve_sources
 from pacswap.surgery.skeleton import Call, Entry, Observation
 from pacswap.surgery.spec import Group, GuidanceSpec
 from pacswap.surgery.wiring import Located, why_not_maps
@@ -118,7 +118,7 @@ class RelayProbe:
         Gradient checkpointing runs the entries of a Sequential and not the Sequential itself.
         """
         module = self.modules.get(source)
-        while type(module) is nn.Sequential and len(module) > 0:
+        while isinstance(module, nn.Sequential) and is_list(module) and len(module) > 0:
             last = list(module._modules)[-1]
             inner = f"{source}.{last}"
             if self.modules.get(inner) is None or not self.runs(inner):
@@ -199,10 +199,12 @@ _GIVEN = ("input", "external")
 
 
 def why_not_relayed(
-    requests: Iterable[Request], model: nn.Module, seen: Observation
+    requests: Iterable[Request], model: nn.Module, entry: Entry, seen: Observation
 ) -> str | None:
     """Why only a graph could do what is asked for in a scope, or None."""
     modules = dict(model.named_modules())
+    if entry[1] in vars(modules[entry[0]]):
+        return "its forward is not a method of its class"
     for request in requests:
         if request.inserts:
             return "what is put behind a layer needs a graph"

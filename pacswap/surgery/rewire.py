@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 from torch import fx, nn
 from torch.fx.node import Node
@@ -72,27 +73,28 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
     if scope.relayed is None:
         return
     guidances = _guidances_in(plan, scope)
-    on_the_way: dict[str, list[str]] = {}
     for layer in plan.layers:
-        if plan.scope_of(layer) is not scope:
-            continue
-        index = guidances.index(plan.guidance_of(layer))
-        owner = scope.local(plan.kernels[layer.kernel].owner)
-        model.get_submodule(layer.place).supply = Supply(index, owner)
-        on_the_way.setdefault(layer.place, [])
+        if plan.scope_of(layer) is scope:
+            index = guidances.index(plan.guidance_of(layer))
+            owner = scope.local(plan.kernels[layer.kernel].owner)
+            model.get_submodule(layer.place).supply = Supply(index, owner)
+    tapped: dict[str, list[str]] = {}
     for source in {source for _, given in scope.relayed for source in given}:
-        if source.module in ("input", "external"):
-            continue
-        on_the_way.setdefault(source.module, []).append(source.name)
-    for name in list(on_the_way):
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            around = ".".join(parts[:depth])
-            if around.startswith(f"{scope.module}.") or not scope.module:
-                on_the_way.setdefault(around, [])
-    for name, sources_here in on_the_way.items():
-        if name != scope.module:
-            add_hooks(model.get_submodule(name), tuple(dict.fromkeys(sources_here)))
+        if source.name not in ("input", "external"):
+            tapped.setdefault(source.module, []).append(source.name)
+    places = [layer.place for layer in plan.layers if plan.scope_of(layer) is scope]
+    around = {outer for name in (*places, *tapped) for outer in _around(name, scope.module)}
+    for name in sorted(around | set(tapped)):
+        add_hooks(model.get_submodule(name), tuple(tapped.get(name, ())))
+
+
+def _around(name: str, scope: str) -> Iterator[str]:
+    """The modules between a scope and one of its layers."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        outer = ".".join(parts[:depth])
+        if not scope or outer.startswith(f"{scope}."):
+            yield outer
 
 
 def _guidances_in(plan: Plan, scope: PlannedScope) -> list[PlannedGuidance]:

@@ -79,6 +79,8 @@ def revert(model: nn.Module) -> nn.Module:
     plan = plan_of(model)
     plain = copy_model(model)
     _check_revertible(model)
+    for module in plain.modules():
+        remove_hooks(module)
     for layer in plan.layers:
         if layer.is_inserted:
             parent, _, name = layer.place.rpartition(".")
@@ -86,7 +88,6 @@ def revert(model: nn.Module) -> nn.Module:
     for name, module in list(plain.named_modules()):
         if isinstance(module, Adaptive):
             _replace(plain, name, plain_module(module), forget=OWN_ATTRIBUTES)
-        remove_hooks(module)
         if is_installed(module):
             uninstall(module)
     del vars(plain)[PLAN]

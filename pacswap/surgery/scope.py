@@ -64,15 +64,13 @@ class ScopeFinder:
         self.model, self.bones, self.seen, self.seen_train = model, bones, seen, seen_train
         self.drafts: list[_Draft] = []
 
-    def add(self, index: int, group: Group, members: list[str], *, inserts: bool) -> None:
+    def add(self, index: int, group: Group, members: list[str]) -> None:
         """Find the scope of one group whose guidance can be resolved.
 
         Args:
             index: of the group.
             group: what was asked for.
             members: its layers.
-            inserts: whether something is put behind one of them; that needs a module around which
-                is no container, whose length and slices would change.
         """
         _, sources = resolve_sources(group.guidance, self.model, self.seen)
         seen = self.seen
@@ -80,11 +78,9 @@ class ScopeFinder:
             seen = self.seen_train()  # an auxiliary head that rests in eval mode
         layer_calls = [call for name in members for call in _layer_calls(name, seen)]
         fed_by = [_guidance_calls(source, self.model, seen) for source in sources]
-        avoided = {
-            name
-            for name, module in self.model.named_modules()
-            if name and inserts and isinstance(module, nn.Sequential | nn.ModuleList)
-        }
+        # A list of modules is often walked through instead of called, and what is put behind one of
+        # them would change its length.
+        avoided = {n for n, m in self.model.named_modules() if n and is_list(m)}
         entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources, avoided)
         verb = KINDS[group.operation].verb
         draft = _Draft(entry, [index], layers=dict.fromkeys(members, verb))
@@ -159,6 +155,13 @@ class ScopeFinder:
         with without_checkpointing(module):
             train, evaluate = trace_modes(module, method, enter, self.bones.train)
         return replace(scope, train=train, evaluate=evaluate)
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether a module does nothing but hold others in their order."""
+    return isinstance(module, nn.Sequential | nn.ModuleList) and (
+        type(module).forward in (nn.Sequential.forward, nn.ModuleList.forward)
+    )
 
 
 def resolve_sources(
