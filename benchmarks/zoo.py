@@ -1,6 +1,6 @@
 """Every model of timm and torchvision: which convolutions can be swapped, and are promises kept.
 
-    python benchmarks/zoo.py --run zoo.jsonl [--sample] [--library timm] [--models GLOB …] [--jobs 2]
+    python benchmarks/zoo.py --run zoo.jsonl [--sample] [--library timm] [--models GLOB …]
     python benchmarks/zoo.py --table zoo.jsonl > docs/zoo.md
     python benchmarks/zoo.py --refusals zoo.jsonl > tests/zoo_refusals.json
 
@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
     work = functools.partial(examine, options=how)
     began = time.monotonic()
     with options.run.open("a", encoding="utf-8") as file:
+        if options.run.stat().st_size and not options.run.read_bytes().endswith(b"\n"):
+            file.write("\n")  # the last line was cut short
         ended = worked(work, tasks, jobs=options.jobs, limit=options.limit)
         for count, (model, found) in enumerate(ended, 1):
             # What a worker could not tell before it died.

@@ -86,11 +86,8 @@ def cuts_patches(conv: _ConvNd) -> bool:
     """Whether windows neither overlap nor leave the picture: a linear layer on each patch."""
     if type(conv).__name__.endswith("Same"):  # timm's: padded when they run, whatever they say
         return False
-    return tuple(conv.stride) == tuple(conv.kernel_size) and conv.padding in (0, *_zeros(conv))
-
-
-def _zeros(conv: _ConvNd) -> tuple[tuple[int, ...]]:
-    return ((0,) * len(conv.kernel_size),)
+    unpadded = conv.padding in ("valid", (0,) * len(conv.kernel_size))
+    return unpadded and tuple(conv.stride) == tuple(conv.kernel_size)
 
 
 class Example(NamedTuple):

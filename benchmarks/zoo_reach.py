@@ -158,25 +158,33 @@ def _refusals(network: nn.Module, example: Any, wanted: Mapping[str, str]) -> di
             pacswap.plan(network, groups=groups(left), example_input=example)
             break
         except PlanError as error:
-            named = _blamed(error, left) or dict.fromkeys(left, str(error))
+            named = _blamed(error, left)
             refused |= named
             left = {name: guide for name, guide in left.items() if name not in named}
     return refused
 
 
 def _blamed(error: PlanError, guidance: Mapping[str, str]) -> dict[str, str]:
-    """The layers that the faults of an error name, with what they say.
+    """The layers that the faults of an error name, or their groups, or else all; with its words.
 
     A layer that guides others is named with them, and is not to blame for that.
     """
     guides = set(guidance.values())
-    return {
+    named = {
         name: fault.message
         for name in guidance
         for fault in error.faults
         if fault.message.startswith(f"cannot swap '{name}'")
         or (name not in guides and f"'{name}'" in fault.message)
     }
+    asked = groups(guidance)
+    in_groups = {
+        name: fault.message
+        for fault in error.faults
+        if fault.group is not None
+        for name in asked[fault.group]["layers"]
+    }
+    return named or in_groups or dict.fromkeys(guidance, str(error))
 
 
 _QUOTED = re.compile(r"'([^'\n]+)'")

@@ -120,29 +120,41 @@ def _introduction(
         + (" --reach-only" if o["reach_only"] else "")
         for o in options
     )
-    yield "Which convolutions of timm's and torchvision's models pacswap can make pixel-adaptive, and"
-    yield "whether they keep their promises right after it. Generated, not written: edit"
-    yield "`benchmarks/zoo_table.py`."
-    yield ""
-    yield f"    python benchmarks/zoo.py --run {file}      # {words}"
-    yield f"    python benchmarks/zoo.py --table {file} > docs/zoo.md"
-    yield ""
-    for versions in _different(row["versions"] for row in rows if "versions" in row):
-        yield (
-            "Made with " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
-        )
     none = len(rows) - len(seen)
-    families = len({row["family"] for row in seen})
-    share = total.reachable / max(total.convolutions, 1)
-    yield f"{none} of {len(rows)} models have no convolution to swap and are left out below."
-    yield ""
-    yield f"- **{total.models}** models of {families} families, with **{total.convolutions}**"
-    yield f"  convolutions; **{total.reachable}** of them ({100 * share:.2f} %) are reachable."
-    yield f"- **{total.swapped}** of {total.asked} models were swapped, {total.layers} layers in all:"
-    yield f"  **{total.kept[1]}** keep promise 1 (nothing changes), **{total.kept[2]}** promise 2"
-    yield f"  (everything learns), {total.others} pass all other checks."
-    yield f"- {sum(total.refused.values())} convolutions are refused, for {len(total.refused)} reasons;"
-    yield f"  {total.failures} models could not be examined to the end."
+    yield _INTRODUCTION.format(
+        file=file,
+        words=words,
+        versions="; ".join(
+            ", ".join(f"{name} {number}" for name, number in versions.items())
+            for versions in _different(row["versions"] for row in rows if "versions" in row)
+        ),
+        none=none,
+        rows=len(rows),
+        families=len({row["family"] for row in seen}),
+        share=100 * total.reachable / max(total.convolutions, 1),
+        total=total,
+        refused=sum(total.refused.values()),
+        reasons=len(total.refused),
+    )
+
+
+_INTRODUCTION = """\
+Which convolutions of timm's and torchvision's models pacswap can make pixel-adaptive, and whether
+they keep their promises right after it. Generated: `benchmarks/zoo_table.py` has the words.
+
+    python benchmarks/zoo.py --run {file}  # {words}
+    python benchmarks/zoo.py --table {file} > docs/zoo.md
+
+Made with {versions}.
+{none} of {rows} models have no convolution to swap and are left out.
+
+- **{total.models}** models of {families} families have {total.convolutions} convolutions;
+  **{total.reachable}** of them ({share:.2f} %) are reachable.
+- **{total.swapped}** of {total.asked} models were swapped, {total.layers} layers in all. Of these
+  models, **{total.kept[1]}** keep promise 1 (nothing changes), **{total.kept[2]}** promise 2
+  (everything learns), and {total.others} pass all other checks.
+- {refused} convolutions are refused, for {reasons} reasons. {total.failures} models could not be
+  examined to the end."""
 
 
 def _reasons(total: Tally, numbers: dict[str, int], rows: Sequence[Row]) -> Iterator[str]:
@@ -156,7 +168,9 @@ def _reasons(total: Tally, numbers: dict[str, int], rows: Sequence[Row]) -> Iter
             if refused["reason"] == why
         )
         models = sum(any(r["reason"] == why for r in row.get("refused", [])) for row in rows)
-        yield f"{place}. {total.refused[why]} in {models} models, such as `{layer}` of {model}: {why}"
+        yield (
+            f"{place}. {total.refused[why]} in {models} models, such as `{layer}` of {model}: {why}"
+        )
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:
@@ -180,26 +194,33 @@ def _skipped(rows: Sequence[Row]) -> Iterator[str]:
 def _method(rows: Sequence[Row]) -> Iterator[str]:
     plans = sorted(row["plan_seconds"]["three"] for row in rows
                    if "three" in row.get("plan_seconds", {}))  # fmt: skip
-    yield "## How it was measured"
-    yield ""
-    yield "- *convolutions*: modules of torch's convolution classes and their subclasses with a kernel"
-    yield "  side above 1, those that cut the picture into patches (stride = kernel, no padding) left"
-    yield "  out. *family*: the module that the model is written in."
-    yield "- *reachable*: `pacswap.plan` accepts it, together with all others, guided by the convolution"
-    yield "  of as many dimensions that runs first, or, where that is refused, by the image. Weights and"
-    yield "  images are on the meta device (on the CPU where values decide what a network does)."
+    speed = "not timed"
     if plans:
-        middle, last = plans[len(plans) // 2], plans[-1]
-        yield f"  A plan of three layers takes {middle:.1f} s (median), at most {last:.1f} s, on one core."
-    yield "- *models swapped*: built with random weights (seed 0), scales that start near zero opened"
-    yield "  and batch norms settled; the first, middle and last reachable convolution swapped, on a"
-    yield "  batch of two of the smallest of 96, 128 and the model's own size that it runs on."
-    yield "- *promise 1*: equal outputs in eval and train mode, to 1e-5 of each tensor's largest value,"
-    yield "  running statistics too. *promise 2*: a random projection of the outputs gives every swapped"
-    yield "  layer's `blend` a finite gradient that is not zero."
+        speed = f"{plans[len(plans) // 2]:.1f} s (median), at most {plans[-1]:.1f} s, on one core"
     rest = [name for name in CHECKS if not any(name in names for names in PROMISES.values())]
-    yield f"- *other checks*: {'; '.join(rest)}. Copies and files are compared with `blend` at ½."
-    yield "- *refused*: how many, and the number of the reason."
+    yield _METHOD.format(speed=speed, rest="; ".join(rest))
+
+
+_METHOD = """\
+## How it was measured
+
+- *convolutions*: modules of torch's convolution classes and their subclasses with a kernel side
+  above 1; those that cut the picture into patches (stride = kernel, no padding) are left out.
+  *family*: the module that the model is written in.
+- *reachable*: `pacswap.plan` accepts it, together with all others, guided by the convolution of as
+  many dimensions that runs first, or, where that is refused, by the image. Weights and images are
+  on the meta device (on the CPU where values decide what a network does), of the model's own size.
+  A plan of three layers: {speed}.
+- *models swapped*: built with random weights (seed 0) on the CPU, scales that start near zero
+  opened and batch norms settled; the first, middle and last reachable convolution swapped
+  (*layers*), on two images of the smallest of 96, 128 and the model's own size that it runs on;
+  detectors, optical flow and video have inputs of their own (`benchmarks/zoo_models.py`).
+- *promise 1*: equal outputs in eval and in train mode, to 1e-5 of each tensor's largest value,
+  running statistics too.
+- *promise 2*: a random projection of the outputs gives every swapped layer's `blend` a finite
+  gradient that is not zero.
+- *other checks*: {rest}. Copies and files are compared with `blend` at ½.
+- *refused*: how many convolutions, and the number of the reason."""
 
 
 def _different(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
