@@ -138,7 +138,7 @@ def in_short(row: Row) -> str:
     words += [f"FAILED: {name}" for name in failed]
     if "failure" in row:
         words.append(f"FAILED: {row['failure']}")
-    return ", ".join([*words, f"{row['seconds']:.0f} s"] if "seconds" in row else words)
+    return ", ".join([*words, f"{row['seconds']:.0f} s of CPU"] if "seconds" in row else words)
 
 
 def clock(seconds: float) -> str:

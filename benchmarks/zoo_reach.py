@@ -29,7 +29,7 @@ class Reach:
         convolutions: their classes, by name.
         guidance: what feeds each that can be swapped, in the order in which they run.
         refused: the reason of each other, by name.
-        seconds: how long building, listing and planning took.
+        seconds: of the CPU, for building, listing and planning.
         device: where the network lay: `meta`, or `cpu` where that cannot run it.
     """
 
@@ -74,9 +74,9 @@ def reach(model: Model, *, timed: bool = True) -> Reach:
     Raises:
         PlanError: pacswap cannot run the network.
     """
-    began = time.perf_counter()
+    began = time.process_time()
     network = build(model.source, meta=True)
-    seconds = {"build": time.perf_counter() - began}
+    seconds = {"build": time.process_time() - began}
     if not convolutions(network):
         return Reach({})
     try:
@@ -87,9 +87,9 @@ def reach(model: Model, *, timed: bool = True) -> Reach:
         found = reached(model, network, seconds)
     chosen = found.spread()
     if timed and chosen:
-        began = time.perf_counter()
+        began = time.process_time()
         pacswap.plan(network, groups=groups(chosen), example_input=_example(model, network))
-        found.seconds["three"] = time.perf_counter() - began
+        found.seconds["three"] = time.process_time() - began
     found.seconds = {what: round(took, 2) for what, took in found.seconds.items()}
     return found
 
@@ -105,10 +105,10 @@ def reached(model: Model, network: nn.Module, seconds: Mapping[str, float] | Non
     """
     convs = convolutions(network)
     example = _example(model, network)
-    began = time.perf_counter()
+    began = time.process_time()
     listed = {info.name: info for info in pacswap.layers(network, example)}
     found = Reach({name: type(conv).__name__ for name, conv in convs.items()})
-    found.seconds = {**(seconds or {}), "layers": time.perf_counter() - began}
+    found.seconds = {**(seconds or {}), "layers": time.process_time() - began}
     found.device = "meta" if all(p.is_meta for p in network.parameters()) else "cpu"
     guides: dict[int, str] = {}
     for name, info in listed.items():
@@ -122,11 +122,11 @@ def reached(model: Model, network: nn.Module, seconds: Mapping[str, float] | Non
             found.refused[name] = refusal
         else:
             wanted[name] = "input" if guide == name else guide
-    began = time.perf_counter()
+    began = time.process_time()
     refused = _refusals(network, example, wanted)
     by_image = {name: "input" for name in refused if wanted[name] != "input"}
     still = _refusals(network, example, by_image)
-    found.seconds["all"] = time.perf_counter() - began
+    found.seconds["all"] = time.process_time() - began
     guided = wanted | {name: "input" for name in by_image if name not in still}
     failed = {name: why for name, why in refused.items() if name in still or name not in by_image}
     found.guidance = {name: source for name, source in guided.items() if name not in failed}

@@ -67,13 +67,14 @@ def _large() -> Mapping[Model, str]:
 
 LEFT_OUT: Mapping[Model, str] = {**_large(), **_SLOW}
 # Families all of whose convolutions cut patches or look at one pixel; there is nothing to swap.
+_WITHOUT = """
+    beit cait convit deepseek_vit deit eva gemma4_vit mlp_mixer naflexvit qwen3_vit sequencer
+    swin_transformer swin_transformer_v2 swin_transformer_v2_cr vision_transformer
+    vision_transformer_relpos
+"""
 WITHOUT = (
-    *(f"timm {name}" for name in """
-        beit cait convit deepseek_vit deit eva gemma4_vit mlp_mixer naflexvit qwen3_vit sequencer
-        swin_transformer swin_transformer_v2 swin_transformer_v2_cr vision_transformer
-        vision_transformer_relpos
-    """.split()),
+    *(f"timm {name}" for name in _WITHOUT.split()),
     "torchvision swin_transformer",
     "torchvision video.swin_transformer",
     "torchvision vision_transformer",
-)  # fmt: skip
+)

@@ -196,7 +196,7 @@ def _method(rows: Sequence[Row]) -> Iterator[str]:
                    if "three" in row.get("plan_seconds", {}))  # fmt: skip
     speed = "not timed"
     if plans:
-        speed = f"{plans[len(plans) // 2]:.1f} s (median), at most {plans[-1]:.1f} s, on one core"
+        speed = f"{plans[len(plans) // 2]:.1f} s (median), at most {plans[-1]:.1f} s of one core"
     rest = [name for name in CHECKS if not any(name in names for names in PROMISES.values())]
     yield _METHOD.format(speed=speed, rest="; ".join(rest))
 

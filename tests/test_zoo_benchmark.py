@@ -139,7 +139,7 @@ def test_a_network_that_cannot_be_identified(subject):
     assert check("pacswap.save and pacswap.load", subject).passed is None
 
 
-Pair = namedtuple("Pair", "a b")  # noqa: PYI024
+Pair = namedtuple("Pair", "a b")
 ONE = torch.tensor([1.0, -4.0])
 DIFFERENCES = {
     "same": ([ONE, 1, None], [ONE.clone(), 1, None], 0.0),
