@@ -265,3 +265,25 @@ def settle(network: nn.Module, example: Example) -> None:
     network.train(was)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def seeing(network: nn.Module, example: Example) -> set[str]:
+    """The convolutions with windows that hold more than one pixel of what they are given.
+
+    Those of a map of one pixel, or with a dilation beyond it, see padding: nothing can adapt there.
+    """
+    seen: set[str] = set()
+    twin = copy.deepcopy(network).train()
+    for name, conv in convolutions(twin).items():
+
+        def note(conv: _ConvNd, args: tuple[Any, ...], name: str = name) -> None:
+            sides = args[0].shape[-len(conv.kernel_size) :]
+            geometry = zip(sides, conv.kernel_size, conv.dilation, strict=True)
+            if conv.transposed or any(k > 1 and side > d for side, k, d in geometry):
+                seen.add(name)
+
+        conv.register_forward_pre_hook(note)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        twin(*example.of(True))
+    return seen

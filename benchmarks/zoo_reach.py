@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Reach:
         guidance: what feeds each that can be swapped, in the order in which they run.
         refused: the reason of each other, by name.
         seconds: of the CPU, for building, listing and planning.
+        parameters: how many the network has.
         device: where the network lay: `meta`, or `cpu` where that cannot run it.
     """
 
@@ -37,11 +38,13 @@ class Reach:
     guidance: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
     device: str = "meta"
 
     def row(self) -> dict[str, Any]:
         """The part of a model's row that tells this."""
         return {
+            "parameters": self.parameters,
             "convolutions": len(self.convolutions),
             "classes": dict(Counter(self.convolutions.values())),
             "reachable": len(self.guidance),
@@ -51,10 +54,12 @@ class Reach:
             "device": self.device,
         }
 
-    def spread(self) -> dict[str, str]:
-        """The first, middle and last that another convolution guides, or else any."""
+    def spread(self, among: Container[str] | None = None) -> dict[str, str]:
+        """The first, middle and last (of some) that another convolution guides, or else any."""
         own = set(self.guidance.values())
-        names = [name for name in self.guidance if name not in own] or list(self.guidance)
+        found = [name for name in self.guidance if among is None or name in among]
+        found = found or list(self.guidance)
+        names = [name for name in found if name not in own] or found
         return {name: self.guidance[name] for name in spread(names)}
 
 
@@ -109,6 +114,7 @@ def reached(model: Model, network: nn.Module, seconds: Mapping[str, float] | Non
     listed = {info.name: info for info in pacswap.layers(network, example)}
     found = Reach({name: type(conv).__name__ for name, conv in convs.items()})
     found.seconds = {**(seconds or {}), "layers": time.process_time() - began}
+    found.parameters = sum(parameter.numel() for parameter in network.parameters())
     found.device = "meta" if all(p.is_meta for p in network.parameters()) else "cpu"
     guides: dict[int, str] = {}
     for name, info in listed.items():

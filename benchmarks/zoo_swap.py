@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from zoo_checks import SWAP, Check, Subject, checks, in_words
-from zoo_models import Example, Model, built, fitting_example, settle
-from zoo_reach import groups, reach
+from zoo_models import Example, Model, built, fitting_example, seeing, settle
+from zoo_reach import Reach, groups, reach
 
 import pacswap
 
@@ -36,19 +36,20 @@ class Options:
     timed: bool = True
 
 
-def swapped(model: Model, guidance: Mapping[str, str]) -> dict[str, Any]:
+def swapped(model: Model, found: Reach) -> dict[str, Any]:
     """Swap layers of a model that is really built, and check everything.
 
     Args:
         model: what to build.
-        guidance: what guides each layer.
+        found: what can be reached.
     """
     network = built(model)
     example = fitting_example(model, network)
     settle(network, example)
     network.eval()
-    return {"layers": dict(guidance), "input": example.words} | {
-        "checks": [list(found) for found in swap_checks(network, guidance, example)]
+    guidance = found.spread(seeing(network, example))
+    return {"layers": guidance, "input": example.words} | {
+        "checks": [list(check) for check in swap_checks(network, guidance, example)]
     }
 
 
@@ -76,27 +77,20 @@ def examine(model: Model, options: Options) -> Iterator[dict[str, Any]]:
         found = reach(model, timed=options.timed)
         yield found.row()
         if found.convolutions:
-            yield {"swap": _swap_part(model, found.spread(), options)}
+            yield {"swap": _swap_part(model, found, options)}
     except Exception as error:  # it is told in the model's row
         yield {"failure": in_words(error)}
     yield {"seconds": round(time.process_time() - began, 1)}
 
 
-def _swap_part(model: Model, guidance: Mapping[str, str], options: Options) -> dict[str, Any]:
+def _swap_part(model: Model, found: Reach, options: Options) -> dict[str, Any]:
     if options.reach_only:
         return {"skipped": "only reach was asked for"}
-    millions = parameters(model) / 1e6
-    if millions > options.most_parameters:
+    if found.parameters > 1e6 * options.most_parameters:
         return {"skipped": f"more than {options.most_parameters:g} million parameters"}
-    if not guidance:
+    if not found.guidance:
         return {"skipped": "no convolution can be reached"}
-    return swapped(model, guidance)
-
-
-def parameters(model: Model) -> int:
-    """How many parameters a model has."""
-    network = pacswap.zoo.build(model.source, meta=True)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return swapped(model, found)
 
 
 def versions() -> dict[str, str]:

@@ -213,8 +213,9 @@ _METHOD = """\
   A plan of three layers: {speed}.
 - *models swapped*: built with random weights (seed 0) on the CPU, scales that start near zero
   opened and batch norms settled; the first, middle and last reachable convolution swapped
-  (*layers*), on two images of the smallest of 96, 128 and the model's own size that it runs on;
-  detectors, optical flow and video have inputs of their own (`benchmarks/zoo_models.py`).
+  (*layers*; of those that see more than one pixel), on two images of the smallest of 96, 128 and
+  the model's own size that it runs on; detectors, optical flow and video have inputs of their own
+  (`benchmarks/zoo_models.py`).
 - *promise 1*: equal outputs in eval and in train mode, to 1e-5 of each tensor's largest value,
   running statistics too.
 - *promise 2*: a random projection of the outputs gives every swapped layer's `blend` a finite

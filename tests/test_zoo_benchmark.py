@@ -12,8 +12,17 @@ import torch
 import zoo
 from torch import Tensor, nn
 from zoo_checks import CHECKS, SWAP, Subject, check, checks, difference
-from zoo_models import Model, built, convolutions, cuts_patches, fitting_example, settle
-from zoo_reach import NOT_LISTED, general, groups, reached, spread
+from zoo_models import (
+    Example,
+    Model,
+    built,
+    convolutions,
+    cuts_patches,
+    fitting_example,
+    seeing,
+    settle,
+)
+from zoo_reach import NOT_LISTED, Reach, general, groups, reached, spread
 from zoo_swap import Options, examine, swap_checks
 from zoo_table import table
 from zoo_work import work
@@ -214,6 +223,26 @@ def test_reach():
     assert found.row()["by_image"] == 1
     assert found.spread() == {"stem": "left", "right": "left"}
     assert NOT_LISTED not in found.refused.values()
+
+
+class Dilated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = (nn.Conv2d(3, 3, 3, padding=d, dilation=d) for d in (1, 8))
+        self.pooled = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.far(self.near(x)) + self.pooled(x.mean((2, 3), keepdim=True))
+
+
+def test_a_window_on_one_pixel_is_not_swapped():
+    images = (torch.rand(2, 3, 8, 8),)
+    seen = seeing(Dilated(), Example(images, images, ""))
+    assert seen == {"near"}
+    found = Reach({}, {"near": "input", "far": "near", "pooled": "near"})
+    assert found.spread(seen) == {"near": "input"}
+    assert list(found.spread()) == ["far", "pooled"]
+    assert list(found.spread(set())) == ["far", "pooled"]
 
 
 def test_spread():
