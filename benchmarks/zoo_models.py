@@ -21,7 +21,7 @@ SMALL_SIDES = (96, 128)  # of images, in pixels; tried before a model's own
 OWN_SIDE = 224  # where a library does not say
 OWN_SIDES = {"torchvision inception": 299, "torchvision quantization.inception": 299}
 OPENED = 0.5  # what scales that start at nothing are set to
-NOTHING = 0.1
+NOTHING = 0.1  # a constant vector below this is opened
 
 
 @dataclass(frozen=True, order=True)
@@ -102,6 +102,11 @@ class Example(NamedTuple):
     evaluate: tuple[Any, ...]
     train: tuple[Any, ...]
     words: str
+
+    @property
+    def shown(self) -> tuple[Any, ...]:
+        """What pacswap is told of it: what its user would predict with."""
+        return self.evaluate
 
     def of(self, training: bool) -> tuple[Any, ...]:
         """A copy of the arguments of a mode; a model may overwrite them."""
@@ -232,21 +237,26 @@ def built(model: Model) -> nn.Module:
     """A network with random weights, always the same, through which every layer can be heard.
 
     Scales that start at zero or almost, which end residual blocks in untrained networks, are
-    opened: whatever happens inside such a block would not show.
+    opened: whatever happens inside such a block would not show. Biases of zero are drawn: behind a
+    norm of a single channel there is nothing else.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build(model.source)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if _is_closed(name, parameter):
-                parameter.fill_(OPENED)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if not _is_closed(parameter):
+                    continue
+                if "bias" in name.rpartition(".")[2]:
+                    parameter.normal_(std=NOTHING)
+                else:
+                    parameter.fill_(OPENED)
     return network
 
 
-def _is_closed(name: str, parameter: nn.Parameter) -> bool:
-    is_scale = parameter.numel() > 0 and parameter.numel() == max(parameter.shape, default=1)
-    if not is_scale or not parameter.is_floating_point() or "bias" in name.rpartition(".")[2]:
+def _is_closed(parameter: nn.Parameter) -> bool:
+    is_vector = 0 < parameter.numel() == max(parameter.shape, default=1)
+    if not is_vector or not parameter.is_floating_point():
         return False
     low, high = parameter.min().item(), parameter.max().item()
     return low == high and abs(low) < NOTHING

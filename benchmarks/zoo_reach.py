@@ -152,7 +152,7 @@ def groups(guidance: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _example(model: Model, network: nn.Module) -> Any:
-    return own_example(model, network).train  # it runs in both modes
+    return own_example(model, network).shown
 
 
 def _refusals(network: nn.Module, example: Any, wanted: Mapping[str, str]) -> dict[str, str]:

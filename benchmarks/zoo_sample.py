@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from zoo_models import Model
 
 _TIMM = """
-    test_byobnet coat_tiny test_convnext cpubone_nano crossvit_9_dagger_240 csatv2
+    test_byobnet coat_tiny test_convnext cpubone_nano crossvit_9_dagger_240
     cs3darknet_focus_s cspnext_tiny densenet121 dla46x_c dpn48b edgenext_xx_small
     efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0
     efficientvit_m0 fasternet_t0 fastvit_t8 gcvit_xxtiny halonet_h1 hardcorenas_b
@@ -52,6 +52,7 @@ _LARGE = {
     """,
 }
 _SLOW: Mapping[Model, str] = {
+    Model("timm", "csatv2"): "slow, with 46 convolutions",
     Model("timm", "ghostnet_050"): "slow; tests/swaps.py has ghostnet_100",
     Model("timm", "hrnet_w18_small"): "slow, with 65 convolutions",
     Model("timm", "repghostnet_050"): "slow; much as ghostnet_050",

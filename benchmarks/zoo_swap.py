@@ -59,8 +59,8 @@ def swap_checks(network: nn.Module, guidance: Mapping[str, str], example: Exampl
         upgraded = pacswap.swap(
             network,
             groups=groups(guidance),
-            example_input=example.train,
-            calibration=example.train,
+            example_input=example.shown,
+            calibration=example.shown,
         )
     except Exception as error:  # a finding like any other
         return [Check(SWAP, False, in_words(error))]

@@ -39,7 +39,7 @@ def made() -> Subject:
     network = built(MODEL)
     example = fitting_example(MODEL, network)
     settle(network, example)
-    upgraded = pacswap.swap(network.eval(), groups=groups(GUIDANCE), example_input=example.train)
+    upgraded = pacswap.swap(network.eval(), groups=groups(GUIDANCE), example_input=example.shown)
     return Subject(network, upgraded, tuple(GUIDANCE), example)
 
 
@@ -223,6 +223,15 @@ def test_reach():
     assert found.row()["by_image"] == 1
     assert found.spread() == {"stem": "left", "right": "left"}
     assert NOT_LISTED not in found.refused.values()
+
+
+def test_nothing_is_closed():
+    """ConvNeXt scales its blocks by 1e-6, norms have biases of 0."""
+    network = built(Model("timm", "test_convnext"))
+    assert network.stages[1].blocks[0].gamma.min() == 0.5
+    assert network.stages[1].blocks[0].norm.bias.std() > 0.01
+    again = built(Model("timm", "test_convnext"))
+    assert difference(network.state_dict(), again.state_dict()) == 0
 
 
 class Dilated(nn.Module):
