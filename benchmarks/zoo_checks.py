@@ -238,7 +238,7 @@ def layers_adapt(subject: Subject) -> Verdict:
     with subject.awake() as upgraded:
         after, _ = subject.output(upgraded, True)
     moved = difference(before, after)
-    return 0 < moved < math.inf, f"relative difference {moved:.1e}"
+    return BOUND < moved < math.inf, f"relative difference {moved:.1e}"
 
 
 def pickling_keeps_it(subject: Subject) -> Verdict:

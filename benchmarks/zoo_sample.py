@@ -14,12 +14,12 @@ _TIMM = """
     test_byobnet coat_tiny test_convnext cpubone_nano crossvit_9_dagger_240
     cs3darknet_focus_s cspnext_tiny densenet121 dla46x_c dpn48b edgenext_xx_small
     efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0
-    efficientvit_m0 fasternet_t0 fastvit_t8 gcvit_xxtiny halonet_h1 hardcorenas_b
+    efficientvit_m0 fasternet_t0 fastvit_t8 gcvit_xxtiny hardcorenas_b
     hgnetv2_b0 iformer_t inception_next_atto lcnetv2_small levit_128s lowformer_b0
     test_mambaout test_coatnet poolformerv2_s12 mobilenetv3_small_050 mobilevit_xxs test_nfnet
     pit_ti_224 pvt_v2_b0 regnetx_002 repvit_m1 resnest14d test_resnet resnetv2_18
     rexnet_100 legacy_seresnet18 shvit_s1 skresnet18 starnet_s050 swiftformer_xs tiny_vit_5m_224
-    visformer_tiny vit_tiny_r_s16_p8_224 ese_vovnet19b_slim_dw xcit_nano_12_p8_224
+    visformer_tiny vit_tiny_r_s16_p8_224 ese_vovnet19b_slim_dw
 """
 _TORCHVISION = """
     ssdlite320_mobilenet_v3_large efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2
@@ -54,8 +54,10 @@ _LARGE = {
 _SLOW: Mapping[Model, str] = {
     Model("timm", "csatv2"): "slow, with 46 convolutions",
     Model("timm", "ghostnet_050"): "slow; tests/swaps.py has ghostnet_100",
+    Model("timm", "halonet_h1"): "slow: one forward pass takes seconds",
     Model("timm", "hrnet_w18_small"): "slow, with 65 convolutions",
     Model("timm", "repghostnet_050"): "slow; much as ghostnet_050",
+    Model("timm", "xcit_nano_12_p8_224"): "slow: tokens of 8×8 pixels",
     Model("torchvision", "densenet121"): "slow; timm's is in the sample",
     Model("torchvision", "deeplabv3_mobilenet_v3_large"): "slow; tests/swaps.py has it",
     Model("torchvision", "quantized_googlenet"): "slow; googlenet with stubs between",
