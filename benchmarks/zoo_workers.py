@@ -12,6 +12,7 @@ from typing import Any
 Task = Any
 Parts = Iterable[dict[str, Any]]
 MOST_TASKS = 30  # of a process: libraries keep what they once made
+PATIENCE = 5.0  # seconds that an idle process has to end
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -23,6 +24,7 @@ class Worker:
         row: the parts of it that are known.
         began: when the task was given.
         done: how many tasks are finished.
+        is_busy: whether one is not.
     """
 
     def __init__(self, work: Callable[[Task], Parts]) -> None:
@@ -34,10 +36,11 @@ class Worker:
         self.row: dict[str, Any] = {}
         self.began = 0.0
         self.done = 0
+        self.is_busy = False
 
     def give(self, task: Task) -> None:
         """Begin with a task."""
-        self.task, self.row, self.began = task, {}, time.monotonic()
+        self.task, self.row, self.began, self.is_busy = task, {}, time.monotonic(), True
         self.connection.send(task)
 
     def receive(self) -> bool:
@@ -50,15 +53,18 @@ class Worker:
             return True
         if part is None:
             self.done += 1
+            self.is_busy = False
             return True
         self.row.update(part)
         return False
 
     def stop(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, whatever it is at; an idle one goes by itself."""
+        self.connection.close()
+        if not self.is_busy:
+            self.process.join(PATIENCE)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
     @property
     def is_worn(self) -> bool:
