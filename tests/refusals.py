@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Body, Packed, Wrapped, doubled
+from models import Assigned, Body, BranchInBlock, CalledTwice, InPlace, Packed, Wrapped, doubled
 from same import Untouched
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ class NoGrad(Body):
 class Island(Body):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            x = self.stem(x.float())
+            x = self.stem(x)
         return self.target(self.norm(x))
 
 
@@ -92,9 +92,11 @@ class Collector(Body):
 
     def forward(self, x: Tensor) -> Any:
         found: list[Tensor] = []
-        handle = self.stem.register_forward_hook(lambda *args: found.append(args[2]))
-        super().forward(x)
-        handle.remove()
+        handle = self.target.register_forward_hook(lambda *args: found.append(args[2]))
+        try:
+            super().forward(x)
+        finally:
+            handle.remove()
         return found
 
 
@@ -131,7 +133,59 @@ class AfterPair(nn.Module):
         return self.target(self.pair(x)[0])
 
 
+class Halved(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 0.5)
+
+
 def hooked_block() -> nn.Module:
-    model = Wrapped(Body())
+    model = Halved(Body())
     model.inner.register_forward_hook(doubled)
     return model
+
+
+class Windows(Body):
+    """Its second convolution sees halves of the image; it looks at the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        half = x.shape[-1] // 2 if x.shape[-1] > 2 else 1
+        return self.target(torch.cat([x[..., :half], x[..., half : 2 * half]]))
+
+
+class Again(Body):
+    """Calls its stem twice, and looks at the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 2:
+            x = x + self.stem(x).mean(1, keepdim=True)
+        return super().forward(x)
+
+
+class Counting(Wrapped):
+    """Looks at the size before it runs what is inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[-1] > 2 else x
+
+
+class InPlaceBranch(InPlace):
+    """Overwrites its stem's output, and looks at the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[-1] > 2 else x
+
+
+class TwiceBranch(CalledTwice):
+    """Calls its second convolution twice, and looks at the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[-1] > 2 else x
+
+
+class EvenInBlock(BranchInBlock):
+    """A convolution in a block that looks at the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Body.forward(self, x)
+        return self.branching(x if x.shape[-1] % 2 == 0 else x[..., 1:])

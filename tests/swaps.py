@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import models as m
+import refusals as r
 import timm
 import torch
 import torchvision
@@ -127,7 +128,29 @@ GEOMETRIES: Mapping[str, dict[str, Any]] = {
     "no_bias": {"bias": False},
 }
 
+# Networks that no graph can hold: they keep their code, and their layers are fed while it runs.
+RELAYED: Mapping[str, Swap] = {
+    "relayed_branch": Swap(r.Branch),
+    "relayed_branch_projected": Swap(
+        r.Branch, guidance={"from": ["stem", "input"], "channels": 3, "resize": "area"}
+    ),
+    "relayed_input": Swap(r.Branch, guidance={"from": "input+position", "channels": 2}),
+    "relayed_block": Swap(r.EvenInBlock, "branching.conv"),
+    "relayed_no_grad": Swap(r.NoGrad),
+    "relayed_no_grad_projected": Swap(r.NoGrad, guidance={"from": "stem", "channels": 3}),
+    "relayed_autocast": Swap(r.Island),
+    "relayed_kind": Swap(r.Kind),
+    "relayed_warming": Swap(r.Warming),
+    "relayed_constant": Swap(r.Constant),
+    "relayed_collector": Swap(r.Collector),
+    "relayed_hook": Swap(r.hooked_block, "inner.target", "input"),
+    "relayed_mask": Swap(m.Optional, inputs=lambda x: (x, torch.linspace(0.5, 1, x.shape[-1]))),
+    "relayed_in_place": Swap(r.InPlaceBranch),
+    "relayed_twice": Swap(r.TwiceBranch),
+}
+
 TINY: Mapping[str, Swap] = {
+    **RELAYED,
     "body": Swap(m.Body),
     "in_place": Swap(m.InPlace),
     "in_place_input": Swap(m.InPlaceInput, guidance="input"),

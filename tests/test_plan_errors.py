@@ -107,16 +107,12 @@ WRONG: dict[str, Wrong] = {
         layers="up",
     ),
     "other_forward": Wrong(
-        "cannot upgrade OtherConvs: layers: cannot swap 'standardized': Standardized computes "
-        "something else than Conv2d, which would be lost.",
+        "cannot upgrade OtherConvs: layers: cannot swap 'standardized': Standardized has a "
+        "forward of its own, and what it computes would be lost. Known are torch.nn.Conv1d, "
+        "Conv2d and Conv3d, their subclasses that leave forward alone, and timm's Conv2dSame, "
+        "StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame.",
         m.OtherConvs,
         layers="standardized",
-    ),
-    "subclass": Wrong(
-        "cannot upgrade OtherConvs: layers: cannot swap 'renamed': Renamed is a subclass of "
-        "Conv2d, which the swap would not give back. Use torch.nn.Conv2d itself.",
-        m.OtherConvs,
-        layers="renamed",
     ),
     "all_at_once": Wrong(
         "cannot upgrade OtherConvs, 2 faults:\n"

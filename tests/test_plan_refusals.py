@@ -18,62 +18,96 @@ from pacswap.errors import PlanError
 
 G = {"layers": "target", "guidance": "stem"}
 
+NEARER = "Choose a guidance nearer to the layers, inside a submodule that can be."
+UNSEEN = (
+    "it depends on what a trace cannot see, such as the type of an argument, a random number or a "
+    "cache."
+)
+
+
+def label_only(
+    reason: str,
+    make: Callable[[], nn.Module],
+    layers: str = "target",
+    guidance: str = "conv2d",
+    **more: Any,
+) -> Wrong:
+    """A request that only a graph could meet, and why there is none."""
+    return Wrong(
+        f"cannot upgrade {type(make()).__name__}: layers: {reason}", make, layers, guidance, more
+    )
+
+
 WRONG: dict[str, Wrong] = {
-    # networks that a graph cannot hold
-    "branch": Wrong(
-        "cannot upgrade Branch: layers: the model cannot be traced: its forward branches on "
-        "the data or the size of its input. Choose a guidance nearer to the layers, inside a "
-        "submodule that can be.",
+    # what only a graph can feed (a node's label), in networks that no graph can hold
+    "branch": label_only(
+        "the model cannot be traced: its forward branches on the data or the size of its input. "
+        f"{NEARER}",
         r.Branch,
     ),
-    "block": Wrong(
-        "cannot upgrade BranchInBlock: layers: cannot swap 'branching.conv': 'branching' "
-        "around it cannot be traced: its forward branches on the data or the size of its "
-        "input.",
+    "block": label_only(
+        "cannot swap 'branching.conv': 'branching' around it cannot be traced: its forward "
+        "branches on the data or the size of its input.",
         m.BranchInBlock,
-        layers="branching.conv",
+        "branching.conv",
     ),
-    "no_grad": Wrong(
-        "cannot upgrade NoGrad: layers: the model cannot be traced: part of it runs under "
-        "torch.no_grad, autocast or the like, which a graph drops. Choose a guidance nearer "
-        "to the layers, inside a submodule that can be.",
+    "no_grad": label_only(
+        "the model cannot be traced: part of it runs under torch.no_grad, autocast or the like, "
+        f"which a graph drops. {NEARER}",
         r.NoGrad,
     ),
-    "autocast": Wrong(
-        "cannot upgrade Island: layers: the model cannot be traced: part of it runs under "
-        "torch.no_grad, autocast or the like, which a graph drops. Choose a guidance nearer "
-        "to the layers, inside a submodule that can be.",
+    "autocast": label_only(
+        "the model cannot be traced: part of it runs under torch.no_grad, autocast or the like, "
+        f"which a graph drops. {NEARER}",
         r.Island,
     ),
-    "kind": Wrong(
-        "cannot upgrade Kind: the trace of the model does 'convolution → [2, 4, 16, 20]' "
-        "where the model does 'mul → [2, 3, 16, 20]': it depends on what a trace cannot see, "
-        "such as the type of an argument, a random number or a cache.",
+    "kind": label_only(
+        "the trace of the model does 'convolution → [2, 4, 16, 20]' where the model does "
+        f"'mul → [2, 3, 16, 20]': {UNSEEN}",
         r.Kind,
     ),
-    "warming": Wrong(
-        "cannot upgrade Warming: the trace of the model does 'convolution → [2, 4, 16, 20]' "
-        "where the model does 'add → [2, 3, 16, 20]': it depends on what a trace cannot see, "
-        "such as the type of an argument, a random number or a cache.",
+    "warming": label_only(
+        "the trace of the model does 'convolution → [2, 4, 16, 20]' where the model does "
+        f"'add → [2, 3, 16, 20]': {UNSEEN}",
         r.Warming,
     ),
-    "constant": Wrong(
-        "cannot upgrade Constant: layers: the model cannot be traced: it makes a constant "
-        "tensor, whose device would be frozen. Choose a guidance nearer to the layers, inside "
-        "a submodule that can be.",
+    "constant": label_only(
+        "the model cannot be traced: it makes a constant tensor, whose device would be frozen. "
+        f"{NEARER}",
         r.Constant,
     ),
-    "collector": Wrong(
-        "cannot upgrade Collector: the trace of the model returns list() where the model "
-        "returns list([2, 4, 16, 20]): it does something that a trace cannot see, such as "
-        "collecting features by hooks.",
+    "collector": label_only(
+        "the trace of the model returns list() where the model returns list([2, 4, 16, 20]): it "
+        "does something that a trace cannot see, such as collecting features by hooks.",
         r.Collector,
     ),
-    "checkpointing": Wrong(
-        "cannot upgrade Checkpointing: layers: the model cannot be rewired: gradient "
-        "checkpointing is on, which a trace would drop. Turn it off first: "
-        "model.set_grad_checkpointing(False).",
-        changed(lambda x: setattr(x, "grad_checkpointing", True), m.Checkpointing),
+    "checkpointing": label_only(
+        "the model cannot be rewired: gradient checkpointing is on, which a graph would drop. "
+        "Turn it off first: model.set_grad_checkpointing(False).",
+        changed(lambda x: setattr(x, "grad_checkpointing", True), r.Assigned),
+        guidance="mul",
+    ),
+    "entered_hook": label_only(
+        "'inner' has to be rewired, but it has a forward hook, which would not run any more. "
+        "Remove it first.",
+        r.hooked_block,
+        "inner.target",
+        "mul",
+    ),
+    "mask": label_only(
+        "the example input cannot be traced: the upgraded network runs with mask=None only, got "
+        "mask=a tensor [1]: its graph was traced with that default. Leave the argument out, or "
+        "pacswap.revert the model first.",
+        m.Optional,
+        guidance="mul",
+        example_input=(IMAGES, torch.ones(1)),
+    ),
+    "appended": label_only(
+        "the model cannot be traced: its forward branches on the data or the size of its input. "
+        f"{NEARER}",
+        r.Branch,
+        guidance="stem",
+        operation="append",
     ),
     "root_own_forward": Wrong(
         "cannot upgrade Body: layers: the model cannot be traced: its forward is not a method "
@@ -81,19 +115,37 @@ WRONG: dict[str, Wrong] = {
         "be.",
         changed(lambda x: setattr(x, "forward", x.forward)),
     ),
-    "entered_hook": Wrong(
-        "cannot upgrade Wrapped: layers: 'inner' has to be rewired, but it has a forward "
-        "hook, which would not run any more. Remove it first.",
-        r.hooked_block,
-        layers="inner.target",
-        guidance="input",
+    # what no relay can feed either
+    "windows": Wrong(
+        "cannot upgrade Windows: guidance: cannot feed 'target' from 'stem': it filters 4 maps "
+        "where the guidance has 2. It runs on regions or windows of the image, or on several "
+        "images at once; name a layer that runs on the same ones.",
+        r.Windows,
     ),
-    "mask": Wrong(
-        "cannot upgrade Optional: the example input cannot be traced: the upgraded network "
-        "runs with mask=None only, got mask=a tensor [1]: its graph was traced with that "
-        "default. Leave the argument out, or pacswap.revert the model first.",
-        m.Optional,
-        more={"example_input": (IMAGES, torch.ones(1))},
+    "source_twice": Wrong(
+        "cannot upgrade Again: guidance: 'stem' runs 2 times in one forward pass. Name another "
+        "layer.",
+        r.Again,
+    ),
+    "late_source": Wrong(
+        "cannot upgrade Branch: guidance: cannot feed 'stem' from 'target', which is ready only "
+        "after the layer has run.",
+        r.Branch,
+        "stem",
+        "target",
+    ),
+    "itself": Wrong(
+        "cannot upgrade Branch: guidance: 'target' cannot guide itself. Name a layer that runs "
+        "earlier.",
+        r.Branch,
+        guidance="target",
+    ),
+    "around": Wrong(
+        "cannot upgrade Counting: guidance: cannot feed 'inner.target' from 'inner', which "
+        "contains the layer. Layers that run earlier: 'inner.stem', 'inner.norm'.",
+        lambda: r.Counting(m.Body()),
+        "inner.target",
+        "inner",
     ),
     # the request as a whole
     "nothing": Wrong(

@@ -67,15 +67,11 @@ def test_layers_lists_what_can_be_swapped_and_why_not() -> None:
             "standardized",
             "Standardized 4→4 3×3",
             shape,
-            "Standardized computes something else than Conv2d, which would be lost",
+            "Standardized has a forward of its own, and what it computes would be lost. Known are "
+            "torch.nn.Conv1d, Conv2d and Conv3d, their subclasses that leave forward alone, and "
+            "timm's Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame",
         ),
-        LayerInfo(
-            "renamed",
-            "Renamed 4→4 3×3",
-            shape,
-            "Renamed is a subclass of Conv2d, which the swap would not give back. Use "
-            "torch.nn.Conv2d itself",
-        ),
+        LayerInfo("renamed", "Renamed 4→4 3×3", shape, None),
         LayerInfo("line", "Conv1d 4→4 3", (1, 4, 320), f"it is a Conv1d; {other}"),
         LayerInfo("volume", "Conv3d 4→4 3×3×3", (1, 4, 1, 16, 20), f"it is a Conv3d; {other}"),
         LayerInfo(

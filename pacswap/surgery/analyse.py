@@ -200,6 +200,8 @@ class _Analysis:
             relay = self._relay(traced, members, alone=graph is None)
             if graph is not None:
                 scope, probe, members = graph
+                if relay is None:
+                    self._not_checkpointed(scope, traced.groups[0])
                 found.append((replace(scope, relayed=relay and relay[0]), probe, members))
             elif relay is not None:
                 why = traced.hidden[0][1]
@@ -221,6 +223,18 @@ class _Analysis:
         members = [located(claim, scope, probe) for claim in members]
         self._fed(scope, members, traced.groups)
         return scope, probe, members
+
+    def _not_checkpointed(self, scope: PlannedScope, group: int) -> None:
+        """Note that gradient checkpointing is on where only a graph can feed the layers."""
+        root = self.model.get_submodule(scope.module)
+        if any(getattr(module, "grad_checkpointing", False) for module in root.modules()):
+            where = f"'{scope.module}' ({scope.kind})" if scope.module else "the model"
+            self._fault(
+                f"{where} cannot be rewired: gradient checkpointing is on, which a graph would "
+                "drop. Turn it off first: model.set_grad_checkpointing(False).",
+                group,
+                "layers",
+            )
 
     def _relay(
         self, traced: TracedScope, members: list[Claim], *, alone: bool

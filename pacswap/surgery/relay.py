@@ -7,6 +7,8 @@ the frame: features never outlive the forward pass that made them.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
@@ -57,6 +60,14 @@ class Relay:
         """Whether a guidance has that source."""
         return any(source in guidance.sources for guidance in self.guidances)
 
+    def takes(self, root: nn.Module, image: Any) -> bool:
+        """Whether an argument is the image that guides; a head's argument is features."""
+        if not isinstance(image, Tensor) or image.dim() != 4:
+            return False
+        owners = [_inner(root, g.owner) for g in self.guidances if g.sources == ("input",)]
+        wanted = {o.guidance.in_channels - 2 * o.guidance.position for o in owners}
+        return wanted <= {image.shape[1]}
+
     def is_checkpointing(self, root: nn.Module) -> bool:
         """Whether one of those flags is set."""
         return any(_inner(root, name).grad_checkpointing for name in self.checkpointing)
@@ -65,20 +76,30 @@ class Relay:
 class Frame:
     """What the source modules returned in one call of a scope, and what was made of it."""
 
-    def __init__(self, root: nn.Module, relay: Relay) -> None:
-        self.root, self.relay = root, relay
+    def __init__(self, root: nn.Module, relay: Relay, *, learns: bool) -> None:
+        self.root, self.relay, self.learns = root, relay, learns
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: dict[int, Tensor | None] = {}
         self.kernels: dict[tuple[str, tuple[int, ...]], Tensor | None] = {}
-        # What a checkpointed part computes has to be computed again by its recomputation.
-        self.checkpointed = torch.is_grad_enabled() and relay.is_checkpointing(root)
         self.resumed_by: nn.Module | None = None
 
+    def kept(self) -> Frame:
+        """The frame as it is now, for a recomputation in the backward pass: its values alone.
+
+        A recomputation only fills in what the forward pass did not keep; gradients take the way of
+        the forward pass. A frame that is tied to a tensor must not hold that tensor's graph.
+        """
+        kept = Frame(self.root, self.relay, learns=True)
+        kept.maps = {key: _value(held) for key, held in self.maps.items()}
+        kept.features = {key: None if held is None else _value(held) for key, held in self.features.items()}
+        kept.kernels = {key: None if held is None else _value(held) for key, held in self.kernels.items()}
+        return kept
+
     def resume(self, module: nn.Module) -> Frame:
-        """The frame as a recomputation of one of its modules in the backward pass finds it."""
-        again = Frame(self.root, self.relay)
+        """A kept frame as the recomputation of one of its modules finds it."""
+        again = Frame(self.root, self.relay, learns=True)
         again.maps, again.features = dict(self.maps), dict(self.features)
-        again.checkpointed, again.resumed_by = True, module
+        again.kernels, again.resumed_by = dict(self.kernels), module
         return again
 
     def give(self, source: str, output: Any) -> None:
@@ -98,7 +119,11 @@ class Frame:
             raise GuidanceError(
                 f"the guidance '{name}' returned a {type(output).__name__}, expected one tensor."
             )
-        if self.checkpointed and not torch.is_grad_enabled():
+        if (
+            self.learns
+            and not torch.is_grad_enabled()
+            and self.relay.is_checkpointing(self.root)
+        ):
             raise GuidanceError(
                 f"the guidance '{name}' runs under reentrant gradient checkpointing, which would "
                 "cut its gradient off. Use the other kind: use_reentrant=False "
@@ -112,7 +137,9 @@ class Frame:
         self.maps[index, place] = output.clone() if guidance.cloned[place] else output
         found = [self.maps.get((index, i)) for i in range(len(guidance.sources))]
         if all(value is not None for value in found):
-            self.features[index] = _inner(self.root, guidance.owner).guidance(*found)
+            # Under no_grad too: what projects the guidance has to learn.
+            with torch.set_grad_enabled(self.learns):
+                self.features[index] = _inner(self.root, guidance.owner).guidance(*found)
 
     def kernel(self, index: int, owner: str, like: Like) -> Tensor | None:
         """The adapting kernel for a layer; None if its guidance has not been computed.
@@ -122,14 +149,16 @@ class Frame:
             owner: the module under which the adapting kernel is stored, relative to the scope.
             like: what has the layer's resolution.
         """
+        guidance = self.relay.guidances[index]
         if index not in self.features:
+            if "external" in guidance.sources:
+                required_guidance(None, enabled=True)
             return None
         key = owner, size_of(like)
-        if key in self.kernels and not self.checkpointed:
-            return self.kernels[key]
-        features = self.features[index]
-        resized = resize_guidance(features, like, self.relay.guidances[index].resize)
-        self.kernels[key] = _inner(self.root, owner).adapting_kernel(resized)
+        if key not in self.kernels:
+            with torch.set_grad_enabled(self.learns):
+                resized = resize_guidance(self.features[index], like, guidance.resize)
+                self.kernels[key] = _inner(self.root, owner).adapting_kernel(resized)
         return self.kernels[key]
 
 
@@ -168,19 +197,32 @@ def relayed(
     running = current()
     if running is not None and running.root is root:  # one method calls another
         return original(root, *args, **kwargs)
-    frame = Frame(root, relay)
+    learns = torch.is_grad_enabled()
+    frame = Frame(root, relay, learns=learns)
+    if learns:  # tensors of this call alone, because frames are tied to them
+        args, kwargs = pytree.tree_map_only(Tensor, _own, (args, kwargs))
     if relay.has("input"):
-        frame.give("input", next(iter((*args, *kwargs.values())), None))
-    if relay.has("external"):
-        enabled = all(_inner(root, guidance.owner).guidance.enabled for guidance in relay.guidances)
-        given = required_guidance(external, enabled)
-        if given is not None:
-            frame.give("external", given)
+        first = _first_parameter(original)
+        image = args[0] if args else kwargs.get(first)
+        if relay.takes(root, image):
+            frame.give("input", image)
+    if relay.has("external") and external is not None:
+        frame.give("external", external)
     _local.frames.append(frame)
     try:
         return original(root, *args, **kwargs)
     finally:
         _local.frames.pop()
+
+
+@functools.cache
+def _first_parameter(method: Callable[..., Any]) -> str:
+    return list(inspect.signature(method).parameters)[1]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor object of its own."""
+    return tensor.view_as(tensor) if type(tensor) is Tensor else tensor
 
 
 def graphed(
@@ -210,7 +252,16 @@ class Supply:
     def __call__(self, like: Like) -> Tensor | None:
         """The kernel for a layer of that resolution; None outside a frame."""
         frame = current()
-        return None if frame is None else frame.kernel(self.guidance, self.owner, like)
+        if frame is not None:
+            return frame.kernel(self.guidance, self.owner, like)
+        if not torch.compiler.is_compiling() and _is_backward():
+            raise GuidanceError(
+                f"a layer of '{self.owner}' runs again in the backward pass, by gradient "
+                "checkpointing, and what guides it is not known there. Checkpoint a module that "
+                "contains the layer, with use_reentrant=False "
+                "(timm.layers.set_reentrant_ckpt(False))."
+            )
+        return None
 
 
 class Tap:
@@ -239,13 +290,41 @@ class Resume:
         if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
             return
         frame = current()
+        tied: _Tied | None = getattr(args[0], _TAG, None)
         if frame is not None:
-            if frame.checkpointed and frame.resumed_by is None:
-                setattr(args[0], _TAG, frame)
-        elif torch._C._current_graph_task_id() != -1:
-            tied = getattr(args[0], _TAG, None)
-            if tied is not None:
-                _local.frames.append(tied.resume(module))
+            if not (torch.is_grad_enabled() and _is_kept_otherwise()):
+                return
+            if tied is None:
+                tied = _Tied()
+                setattr(args[0], _TAG, tied)
+            if frame.resumed_by is None or module not in tied.frames:
+                tied.frames[module] = frame.kept()
+        elif tied is not None and module in tied.frames and _is_backward():
+            _local.frames.append(tied.frames[module].resume(module))
+
+
+class _Tied:
+    """The frames that a tensor carries, by the module that was called with it."""
+
+    def __init__(self) -> None:
+        self.frames: dict[nn.Module, Frame] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the tensor carries none
+
+
+def _is_kept_otherwise() -> bool:
+    """Whether something, as gradient checkpointing does, keeps tensors for the backward pass."""
+    if _saving is None:  # torch before 2.7 cannot tell
+        return True
+    return _saving(True) is not None
+
+
+_saving = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 class Leave:
@@ -262,7 +341,7 @@ HOOKS = (Tap, Resume, Leave)
 
 
 def add_hooks(module: nn.Module, sources: tuple[str, ...]) -> None:
-    """Hook a module that is a source, contains one, or contains a layer.
+    """Hook a module that is or contains a source or a layer.
 
     Args:
         module: the module.
@@ -280,6 +359,11 @@ def remove_hooks(module: nn.Module) -> None:
         for key in [key for key, hook in held.items() if isinstance(hook, HOOKS)]:
             del held[key]
             module._forward_hooks_always_called.pop(key, None)
+
+
+def _value(tensor: Tensor) -> Tensor:
+    """What a tensor holds, without its graph."""
+    return tensor.data.requires_grad_(tensor.requires_grad)
 
 
 def _inner(root: nn.Module, name: str) -> Any:

@@ -123,6 +123,8 @@ class RelayProbe:
             inner = f"{source}.{last}"
             if self.modules.get(inner) is None or not self.runs(inner):
                 break
+            if any(len(inside) > 1 for _, _, inside in self.runs(inner)):
+                break  # it runs elsewhere too: one ReLU for all
             source, module = inner, self.modules[inner]
         return source
 

@@ -84,7 +84,7 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
             tapped.setdefault(source.module, []).append(source.name)
     places = [layer.place for layer in plan.layers if plan.scope_of(layer) is scope]
     around = {outer for name in (*places, *tapped) for outer in _around(name, scope.module)}
-    for name in sorted(around | set(tapped)):
+    for name in sorted(around | set(tapped) | set(places)):
         add_hooks(model.get_submodule(name), tuple(tapped.get(name, ())))
 
 
