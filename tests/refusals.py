@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Assigned, Body, BranchInBlock, CalledTwice, InPlace, Packed, Wrapped, doubled
+from models import Body, BranchInBlock, CalledTwice, InPlace, Packed, Wrapped, doubled
 from same import Untouched
 from torch import Tensor, nn
 
+import pacswap
 from pacswap.errors import PlanError
 
+KERNEL = {"blend": 0.7, "bandwidth": 1.0}
 IMAGES = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,6 +40,26 @@ def assert_refused(wrong: Wrong, door: Callable[..., Any]) -> None:
         door(model, wrong.layers, wrong.guidance, **options)
     before.check()
     assert str(caught.value) == wrong.message
+
+
+def untraceable(cls: type[nn.Module]) -> type[nn.Module]:
+    """The same network, which looks at the size of its input first."""
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **named: Any) -> Any:
+        return cls.forward(self, x, *args, **named) if x.shape[-1] > 0 else x
+
+    return type(f"Looking{cls.__name__}", (cls,), {"forward": forward})
+
+
+def relayed_body(cls: type[nn.Module] = Body, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"kernel": KERNEL, "example_input": IMAGES} | options
+    return pacswap.swap(
+        untraceable(cls)(),
+        options.pop("layers", "target"),
+        options.pop("guidance", "stem"),
+        **options,
+    )
 
 
 def changed(change: Callable[[Body], Any], model: type[Body] = Body) -> Callable[[], Body]:

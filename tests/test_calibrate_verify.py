@@ -12,7 +12,7 @@ import models as m
 import pytest
 import torch
 from same import Untouched
-from swaps import SWAPS, Swap, pair
+from swaps import SWAPS, pair
 from torch import Tensor, nn
 
 import pacswap
@@ -128,21 +128,49 @@ def test_a_constant_guidance_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("swap", "example"),
-    [
-        (SWAPS["detector"], SWAPS["detector"].arguments()),
-        (SWAPS["two_inputs"], SWAPS["two_inputs"].arguments()),
-    ],
-    ids=["list", "two_arguments"],
-)
-def test_an_input_that_is_not_images_needs_some(swap: Swap, example: Any) -> None:
+class Embedded(m.Body):
+    """A picture of whole numbers, one for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.embedding(x).movedim(-1, 1))
+
+
+def test_an_input_that_is_not_images_needs_some() -> None:
+    classes = torch.arange(2 * 16 * 20).view(2, 16, 20) % 5
     with pytest.raises(PlanError) as caught:
-        pacswap.swap(swap.build(), swap.layers, swap.guidance, example_input=example)
+        pacswap.swap(Embedded(), "target", "stem", example_input=classes)
     assert str(caught.value) == (
-        "bandwidth 'auto' needs images to calibrate on, and this model's input is not one batch of "
-        "images. Pass calibration=… (what the model takes), or a number as the bandwidth."
+        "bandwidth 'auto' needs images to calibrate on, and this model's input has none. Pass "
+        "calibration=… (what the model takes), or a number as the bandwidth."
     )
+    pacswap.swap(Embedded(), "target", "stem", example_input=classes, calibration=classes)
+
+
+@pytest.mark.parametrize("name", ["detector", "two_inputs"])
+def test_images_in_lists_or_beside_others_are_drawn(name: str) -> None:
+    """What was calibrated on drawn scenes is another bandwidth than the one of noise."""
+    swap = replace(SWAPS[name], size=(24, 28))
+    model = swap.build()
+    noise = pacswap.swap(
+        model,
+        swap.layers,
+        swap.guidance,
+        example_input=swap.arguments(),
+        calibration=swap.arguments(),
+    )
+    drawn = pacswap.swap(model, swap.layers, swap.guidance, example_input=swap.arguments())
+    widths = [
+        layer.adapting_kernel.log_bandwidth.item()
+        for upgraded in (noise, drawn)
+        for layer in upgraded.modules()
+        if isinstance(layer, pacswap.nn.PacConv2d)
+    ]
+    assert all(width != 0 for width in widths)
+    assert widths[0] != widths[1]
 
 
 def test_images_too_small_to_calibrate_on() -> None:

@@ -98,8 +98,21 @@ class Random(nn.Module):
 
 
 def test_python_randomness_is_not_frozen():
+    model = Random(True)
+    plan = pacswap.plan(model, "b", "a", example_input=IMAGES)
+    assert "it draws Python random numbers, which a trace would freeze" in str(plan)
+    upgraded = pacswap.swap(model, "b", "a", example_input=IMAGES)
+    outputs = []
+    for network in (model, upgraded, upgraded):
+        random.seed(len(outputs) // 2)
+        outputs.append(network(IMAGES))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_where_only_a_graph_feeds_it_is_refused():
     with pytest.raises(PlanError, match="it draws Python random numbers"):
-        pacswap.swap(Random(True), "b", "a", example_input=IMAGES)
+        pacswap.swap(Random(True), "b", "conv2d", example_input=IMAGES)
 
 
 def test_without_randomness_it_is_swapped():

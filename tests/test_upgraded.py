@@ -10,7 +10,7 @@ import models
 import pytest
 import timm
 import torch
-from same import assert_differ, assert_same, backward, run
+from same import assert_differ, assert_same, backward
 from swaps import SWAPS, Swap, learned, pair
 from torch import Tensor, nn
 
@@ -86,92 +86,6 @@ def test_a_new_classifier_trains() -> None:
     assert upgraded(IMAGES).shape == (2, 3)
     for name in ("layer3.0.conv2.blend", "layer4.1.conv2.blend", "fc.weight"):
         assert upgraded.get_parameter(name).grad.abs().max() > 0
-
-
-# ---- what a graph cannot do is an error
-
-
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        (lambda m: m.layer4(torch.rand(1, 256, 4, 4)), "layer4.0.conv2"),
-        (lambda m: m.layer4[1].conv2(torch.rand(1, 512, 4, 4)), "layer4.1.conv2"),
-        (lambda m: m.forward_intermediates(IMAGES), "layer3.0.conv2"),
-    ],
-    ids=["stage", "layer", "forward_intermediates"],
-)
-def test_a_path_without_guidance_is_an_error(path: Callable[[nn.Module], Any], layer: str) -> None:
-    _, upgraded = resnet()
-    with pytest.raises(GuidanceError) as caught:
-        path(upgraded)
-    assert str(caught.value) == (
-        f"'{layer}' (guided by 'layer1') was called on a path through the model that does not "
-        "compute its guidance. Call the model itself, or use `with pacswap.disabled(model):` to "
-        "run that path as it was before the swap."
-    )
-    with pacswap.disabled(upgraded):
-        path(upgraded)
-
-
-def test_a_slice_of_a_sequential_is_such_a_path() -> None:
-    upgraded = copy.deepcopy(pair("sequential")[1])
-    assert_same(upgraded[:3](IMAGES), pacswap.revert(upgraded)[:3](IMAGES))
-    with pytest.raises(GuidanceError, match=r"^'3' \(guided by '0'\) was called on a path"):
-        upgraded[:4](IMAGES)
-
-
-@pytest.mark.parametrize("name", ["timm_resnet18", "timm_convnext_atto"])
-def test_checkpointing_turned_on_later_is_an_error(name: str) -> None:
-    upgraded = copy.deepcopy(pair(name)[1]).train()
-    before = run(upgraded, (IMAGES,))
-    upgraded.set_grad_checkpointing(True)
-    with pytest.raises(GuidanceError) as caught:
-        upgraded(IMAGES)
-    assert str(caught.value) == (
-        "gradient checkpointing was turned on after the swap, and the rewritten graph does not "
-        "recompute. Call set_grad_checkpointing(False)."
-    )
-    upgraded.set_grad_checkpointing(False)
-    assert_same(before, run(upgraded, (IMAGES,)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        ({"mask": torch.ones(2, 1)}, "mask=None only, got mask=a tensor [2, 1]"),
-        ({"scale": 2.0}, "scale=1.0 only, got scale=2.0"),
-    ],
-    ids=["tensor", "number"],
-)
-def test_another_argument_than_the_traced_one_is_an_error(
-    arguments: dict[str, Any], shown: str
-) -> None:
-    upgraded = pair("optional")[1]
-    with pytest.raises(GuidanceError) as caught:
-        upgraded(IMAGES, **arguments)
-    assert str(caught.value) == (
-        f"the upgraded network runs with {shown}: its graph was traced with that default. Leave "
-        "the argument out, or pacswap.revert the model first."
-    )
-
-
-def test_the_traced_arguments_may_be_given() -> None:
-    original, upgraded = pair("optional")
-    args = SWAPS["optional"].arguments()
-    assert_same(run(original, args), run(upgraded, (*args, None), scale=1.0))
-
-
-def test_parts_in_two_modes_are_an_error_where_the_modes_have_two_graphs() -> None:
-    swap = Swap(lambda: models.Wrapped(models.Dropping()), "inner.target", "input")
-    upgraded = swap.swap(swap.build())
-    upgraded.train().inner.eval()
-    with pytest.raises(GuidanceError) as caught:
-        upgraded(IMAGES)
-    assert str(caught.value) == (
-        "'inner' is in eval mode inside a network in train mode. This network runs other "
-        "operations in train mode than in eval mode, and has one graph for each. Set both to the "
-        "same mode; normalisation layers may keep theirs."
-    )
 
 
 # ---- external guidance

@@ -12,12 +12,12 @@ from pacswap.nn import Adaptive, PacCRF, PacFilter2d
 from pacswap.surgery.cost import layer_macs, layer_numbers
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
+from pacswap.surgery.relaying import RelayProbe
 from pacswap.surgery.runtime import blurred_size
 from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
 from pacswap.surgery.targets import Target, in_words, is_inserted
 from pacswap.surgery.trace import LABEL
-from pacswap.surgery.relaying import RelayProbe
 from pacswap.surgery.wiring import Probe
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

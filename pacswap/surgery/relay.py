@@ -91,8 +91,8 @@ class Frame:
         """
         kept = Frame(self.root, self.relay, learns=True)
         kept.maps = {key: _value(held) for key, held in self.maps.items()}
-        kept.features = {key: None if held is None else _value(held) for key, held in self.features.items()}
-        kept.kernels = {key: None if held is None else _value(held) for key, held in self.kernels.items()}
+        kept.features = {key: _value(held) for key, held in self.features.items()}
+        kept.kernels = {key: _value(held) for key, held in self.kernels.items()}
         return kept
 
     def resume(self, module: nn.Module) -> Frame:
@@ -361,9 +361,9 @@ def remove_hooks(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-def _value(tensor: Tensor) -> Tensor:
-    """What a tensor holds, without its graph."""
-    return tensor.data.requires_grad_(tensor.requires_grad)
+def _value(tensor: Any) -> Any:
+    """What a tensor holds, without its graph; None of what is disabled."""
+    return None if tensor is None else tensor.data.requires_grad_(tensor.requires_grad)
 
 
 def _inner(root: nn.Module, name: str) -> Any:
