@@ -84,7 +84,7 @@ WRONG: dict[str, Wrong] = {
     "checkpointing": label_only(
         "the model cannot be rewired: gradient checkpointing is on, which a graph would drop. "
         "Turn it off first: model.set_grad_checkpointing(False).",
-        changed(lambda x: setattr(x, "grad_checkpointing", True), r.Assigned),
+        changed(lambda x: setattr(x, "grad_checkpointing", True), m.Assigned),
         guidance="mul",
     ),
     "entered_hook": label_only(

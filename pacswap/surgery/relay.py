@@ -119,11 +119,7 @@ class Frame:
             raise GuidanceError(
                 f"the guidance '{name}' returned a {type(output).__name__}, expected one tensor."
             )
-        if (
-            self.learns
-            and not torch.is_grad_enabled()
-            and self.relay.is_checkpointing(self.root)
-        ):
+        if self.learns and not torch.is_grad_enabled() and self.relay.is_checkpointing(self.root):
             raise GuidanceError(
                 f"the guidance '{name}' runs under reentrant gradient checkpointing, which would "
                 "cut its gradient off. Use the other kind: use_reentrant=False "

@@ -183,9 +183,7 @@ class RelayProbe:
         shape = self._shape(source) if source == "input" else made[0].output_shape
         return None if shape is None else shape[0]
 
-    def _too_late(
-        self, layer: str, source: str, made: Call, call: Call, seen: Observation
-    ) -> str:
+    def _too_late(self, layer: str, source: str, made: Call, call: Call, seen: Observation) -> str:
         if source == layer:
             return f"'{layer}' cannot guide itself. Name a layer that runs earlier."
         around = (made.order, made.entry) in call.stack

@@ -132,7 +132,7 @@ def check_example(example_input: object) -> None:
 
 
 def skeleton(model: nn.Module, *, meta: bool = True) -> nn.Module:
-    """A structural copy of `model`, without the user's hooks.
+    """A structural copy of `model`, without the user's hooks and gradient checkpointing.
 
     Args:
         model: any module.
@@ -144,6 +144,8 @@ def skeleton(model: nn.Module, *, meta: bool = True) -> nn.Module:
     memo = _on_meta(model) if meta else {}
     bones = copy_model(model, memo)
     for module in bones.modules():
+        if getattr(module, "grad_checkpointing", False):  # it walks past modules that are named
+            module.grad_checkpointing = False  # type: ignore[assignment]
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
