@@ -270,7 +270,7 @@ def adaptive_class(layer: type[PacConv2d], plain: type[nn.Module]) -> type[Any]:
     if plain is plain_class(layer):
         return layer
     if (layer, plain) not in _classes:
-        namespace = {"__module__": __name__, "__doc__": layer.__doc__}
+        namespace: dict[str, Any] = {"__module__": __name__, "__doc__": layer.__doc__}
         namespace["_variant"] = variant_of(plain)
         bases = (layer, plain)
         name = f"Pac{plain.__name__}"

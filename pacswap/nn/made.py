@@ -43,7 +43,7 @@ def alike(module: nn.Module, cls: type[Any], *, without: Collection[str] = ()) -
         cls: the class of the new one, whose `__init__` is not run.
         without: attributes, parameters and submodules to leave behind.
     """
-    new = cls.__new__(cls)
+    new: Any = object.__new__(cls)
     for key, value in vars(module).items():
         if key in without:
             continue

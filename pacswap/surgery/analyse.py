@@ -193,7 +193,7 @@ class _Analysis:
             own = [claim for claim in claims if claim.group == index]
             if own:
                 finder.add(index, group, [claim.name for claim in own])
-        found = []
+        found: list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]] = []
         for traced in finder.traced():
             members = [claim for claim in claims if claim.group in traced.groups]
             graph = self._graph(traced, members)

@@ -62,14 +62,15 @@ class RelayProbe:
         """The first call of a module in the scope."""
         return self.runs(name)[0][2][0]
 
-    def feature_map(self, layer: str, *, inserted: bool = False) -> tuple[int, ...]:
+    def feature_map(self, layer: str, *, inserted: bool = False) -> tuple[int, int, int]:
         """C, H, W of what a layer filters, or of what it returns."""
         call = self.first(layer)
         shape = call.output_shape if inserted else call.input_shape
         assert shape is not None
-        return tuple(shape[1:])
+        _, channels, height, width = shape
+        return channels, height, width
 
-    def output_size(self, layer: str) -> tuple[int, ...]:
+    def output_size(self, layer: str) -> tuple[int, int]:
         """H, W of what a layer returns."""
         return self.feature_map(layer, inserted=True)[1:]
 
