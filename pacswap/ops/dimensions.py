@@ -73,6 +73,14 @@ class SequenceWindow:
         _check_fits(self, "sequence", length)
         return (self.row.output_size(1, length)[1],)
 
+    def inside(self, length: int, device: torch.device) -> Tensor | None:
+        """Which taps see the sequence, not its zero padding: bool [1, K, L_out].
+
+        None means that every tap does.
+        """
+        inside = self.row.inside(1, length, device)
+        return None if inside is None else inside.squeeze(-2)
+
 
 @dataclass(frozen=True)
 class VolumeWindow:
