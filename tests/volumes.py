@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -143,23 +144,25 @@ def place(case: Line, output: tuple[int, ...], tap: tuple[int, ...]) -> tuple[in
     return None if None in found else tuple(found)  # type: ignore[arg-type]
 
 
-def oracle(case: Line, given: Mapping[str, Tensor], form: str = "gaussian", **options: Any) -> Any:
-    """The output and K, number by number.
+@functools.cache
+def oracle(case: Line, form: str = "gaussian", **options: Any) -> Any:
+    """The output and K of `case.tensors()`, number by number.
 
     Returns:
         (output [B, C_out, *output size], K [B, 1, taps, *output size]).
     """
     every = [tuple(at) for at in itertools.product(*map(range, case.kernel_size))]
     middle = tuple((k - 1) // 2 for k in case.kernel_size)
+    given = case.tensors()
     x, f, w, b = (given[name] for name in ("input", "guidance", "weight", "bias"))
     width, blend = given["bandwidth"].item(), given["blend"].item()
     D, per = f.shape[1], case.channels[0] // case.groups
     kernel = torch.zeros(case.batch, 1, len(every), *case.output_size, dtype=torch.float64)
     output = torch.zeros(case.batch, case.channels[1], *case.output_size, dtype=torch.float64)
     if options.get("standardize"):
-        f = (f - f.flatten(2).mean(2).view(*f.shape[:2], *[1] * case.axes)) / torch.sqrt(
-            f.flatten(2).var(2, unbiased=False).view(*f.shape[:2], *[1] * case.axes)
-        )
+        flat = f.flatten(2)
+        mean, variance = flat.mean(2, keepdim=True), flat.var(2, unbiased=False, keepdim=True)
+        f = ((flat - mean) / torch.sqrt(variance + 1e-6 * mean**2 + 1e-12)).view(f.shape)
 
     def feature(n: int, channel: int, at: tuple[int, ...] | None) -> float:
         return 0.0 if at is None else f[(n, channel, *at)].item()

@@ -122,37 +122,24 @@ def adapting_kernel(
     _check_scalars(bandwidth=bandwidth, blend=blend)
     _check_mask(mask, guidance, window)
     features = guidance.to(compute_dtype(guidance.dtype))
-    if standardize:
-        features = standardized(features)
-    if isinstance(window, SequenceWindow):
-        row, mask, smoothing = _as_image(features, mask, smoothing)
-        features, window, is_row = row, window.row, True
-    else:
-        is_row = False
-    valid, taps = valid_of(mask, window)
-    counted = counted_taps(normalize, window, features.shape[2:], valid, guidance.device)
+    features = standardized(features) if standardize else features
+    features, plane, mask, smoothing = _as_image(features, window, mask, smoothing)
+    valid, taps = valid_of(mask, plane)
+    counted = counted_taps(normalize, plane, features.shape[2:], valid, guidance.device)
     if form == "constant":
-        kernel = _ones(features, window, channel_wise)
+        kernel = _ones(features, plane, channel_wise)
     else:
         measure = _measure(form, asymmetric)
-        d = tap_distance(
-            features,
-            window,
-            measure=measure,
-            channel_wise=channel_wise,
-            smoothing=smoothing,
-            backend=backend,
-        )
+        d = _distance(features, plane, measure, channel_wise, smoothing, backend)
         if distance == "mean" and not channel_wise:
             d = d / guidance.shape[1]
         kernel = _kernel_of(d, form, bandwidth, alpha, lambd, counted)
     kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
-        assert isinstance(window, Window)  # a mask of a volume is refused
-        size = (features.shape[-2], features.shape[-1])
-        kernel = masked(kernel, valid, normalize, window, size)
+        assert isinstance(plane, Window)  # a mask of a volume is refused
+        kernel = masked(kernel, valid, normalize, plane, features.shape[2:])
     kernel = kernel.to(guidance.dtype)
-    return kernel.squeeze(-2) if is_row else kernel
+    return kernel if plane is window else kernel.squeeze(-2)
 
 
 def _measure(form: str, asymmetric: bool) -> Measure:
@@ -229,15 +216,25 @@ def tap_distance(
     Returns:
         [B, 1 or D, KH*KW, H_out, W_out].
     """
+    features, plane, _, smoothing = _as_image(guidance, window, None, smoothing)
+    made = _distance(features, plane, measure, channel_wise, smoothing, backend)
+    return made if plane is window else made.squeeze(-2)
+
+
+def _distance(
+    features: Tensor,
+    window: Window | VolumeWindow,
+    measure: Measure,
+    channel_wise: bool,
+    smoothing: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """`tap_distance` of an image or a volume."""
     module = choose(backend)
     if isinstance(window, VolumeWindow):
-        return volume.tap_distance(module, guidance, window, measure, channel_wise)
-    if isinstance(window, SequenceWindow):
-        guidance, _, smoothing = _as_image(guidance, None, smoothing)
-        centre = None if smoothing is None else smoothed_centre(guidance, smoothing, window.row)
-        return module.tap_distance(guidance, centre, window.row, measure, channel_wise).squeeze(-2)
-    centre = None if smoothing is None else smoothed_centre(guidance, smoothing, window)
-    return module.tap_distance(guidance, centre, window, measure, channel_wise)
+        return volume.tap_distance(module, features, window, measure, channel_wise)
+    centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
+    return module.tap_distance(features, centre, window, measure, channel_wise)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:
@@ -318,11 +315,14 @@ def _axes(guidance: Tensor, kernel_size: Size2 | AnyWindow) -> int:
 
 
 def _as_image(
-    features: Tensor, mask: Tensor | None, smoothing: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A sequence, its mask and its smoothing filter as an image of height 1 has them."""
+    features: Tensor, window: AnyWindow, mask: Tensor | None, smoothing: Tensor | None
+) -> tuple[Tensor, Window | VolumeWindow, Tensor | None, Tensor | None]:
+    """A sequence and what belongs to it as an image of height 1 has them; others as they are."""
+    if not isinstance(window, SequenceWindow):
+        return features, window, mask, smoothing
     mask = None if mask is None else mask.unsqueeze(-2)
-    return features.unsqueeze(-2), mask, None if smoothing is None else smoothing.unsqueeze(-2)
+    smoothing = None if smoothing is None else smoothing.unsqueeze(-2)
+    return features.unsqueeze(-2), window.row, mask, smoothing
 
 
 def _check_tensors(

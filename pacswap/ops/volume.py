@@ -94,12 +94,13 @@ def attach_kernel_gradient(
 ) -> Tensor:
     """As `eager.attach_kernel_gradient`, of volumes."""
     T, plane = output.shape[2], window.plane.unpadded
-    # A copy: what is changed in place must be no view.
-    frames = _frames(output).flatten(0, 1).clone()
+    # Added to x, a negative zero leaves every bit of it, and the output's own gradient as it is.
+    B, C, _, H, W = output.shape
+    frames = output.new_full((T * B, C, H, W), -0.0, requires_grad=False)
     parts = zip(_seen(input, window, T), _factors(kernel, window), weight.unbind(2), strict=True)
     for seen, factors, filter in parts:
         frames = eager.attach_kernel_gradient(frames, seen, factors, filter, plane, groups)
-    return _volume(frames, T, like=output)
+    return output + _volume(frames, T, like=output)
 
 
 def _frames(x: Tensor) -> Tensor:
