@@ -274,8 +274,13 @@ class _Chain(nn.Module):
         return operation(input, kernel, self.weight, self.bias, **self.case.options)
 
 
-@few_cases
-def test_it_exports_with_any_size(case):
+# A compiler takes seconds for each tap of a window.
+traced = pytest.mark.parametrize("name", ["line", "volume_strided"])
+
+
+@traced
+def test_it_exports_with_any_size(name):
+    case = TINY[name]
     chain, given = _Chain(case), case.tensors(torch.float32)
     sizes = {0: torch.export.Dim.AUTO} | {2 + a: torch.export.Dim.AUTO for a in range(case.axes)}
     example = (given["input"], given["guidance"])
@@ -285,8 +290,9 @@ def test_it_exports_with_any_size(case):
         torch.testing.assert_close(program(*inputs), chain(*inputs), rtol=1e-5, atol=1e-5)
 
 
-@few_cases
-def test_it_compiles_to_one_graph(case):
+@traced
+def test_it_compiles_to_one_graph(name):
+    case = TINY[name]
     chain, given = _Chain(case), case.tensors(torch.float32)
     made = torch.compile(chain, fullgraph=True, backend="eager")(given["input"], given["guidance"])
     torch.testing.assert_close(made, chain(given["input"], given["guidance"]), rtol=1e-5, atol=1e-5)
