@@ -131,8 +131,7 @@ def adapting_kernel(
     else:
         measure = _measure(form, asymmetric)
         d = _distance(features, plane, measure, channel_wise, smoothing, backend)
-        if distance == "mean" and not channel_wise:
-            d = d / guidance.shape[1]
+        d = d / guidance.shape[1] if distance == "mean" and not channel_wise else d
         kernel = _kernel_of(d, form, bandwidth, alpha, lambd, counted)
     kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
