@@ -21,7 +21,7 @@ from pacswap.errors import CheckpointError, PacswapError, quoted
 from pacswap.pacnet import Fcn8s, load_fcn8s, load_joint_upsample, load_layer
 from pacswap.recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe, recipe_data
 from pacswap.surgery import Group, Plan, plan_groups, plan_of, revert, rewrite
-from pacswap.surgery.skeleton import skeleton
+from pacswap.surgery.skeleton import ExampleInput, skeleton
 from pacswap.zoo import Source, bare, build, identify, why_not_twin
 from pacswap.zoo.weights import why_not_fit
 
@@ -174,15 +174,16 @@ def groups_of(recipe: Recipe) -> tuple[Group, ...]:
     return tuple(section.to_group(operation) for operation, _, section in recipe.sections())
 
 
-def example_of(loaded: LoadedRecipe, model: nn.Module) -> torch.Tensor:
-    """An image on the meta device, of the size that a recipe, the library or the model names."""
+def example_of(loaded: LoadedRecipe, model: nn.Module) -> ExampleInput:
+    """What the model takes, on meta, of the size that a recipe, the library or the model names."""
     from pacswap.surgery import default_input
+    from pacswap.surgery.example import of_size
     from pacswap.zoo import input_size
 
     recipe = loaded.recipe
-    default = default_input(model)
     size = recipe.model.input_size or input_size(source_of(recipe), model)
-    return default if size is None else default.new_empty(1, *size)
+    default = default_input(model)
+    return default if size is None else of_size(default, size)
 
 
 def write_model(model: nn.Module, recipe: Recipe, folder: Path) -> None:

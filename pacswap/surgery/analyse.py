@@ -193,7 +193,7 @@ class _Analysis:
             own = [claim for claim in claims if claim.group == index]
             if own:
                 finder.add(index, group, [claim.name for claim in own])
-        found = []
+        found: list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]] = []
         for traced in finder.traced():
             members = [claim for claim in claims if claim.group in traced.groups]
             graph = self._graph(traced, members)
@@ -294,7 +294,7 @@ class _Analysis:
         )
         return Plan(
             model=type(self.model).__name__,
-            input_shape=(1, *first.shape[1:]),
+            input_shape=(1, *(first.shape if first.dim() == 3 else first.shape[1:])),
             groups=self.groups,
             scopes=tuple(scope for scope, _, _ in scopes),
             guidances=tuple(builder.guidances),

@@ -53,6 +53,7 @@ def _rewritten(upgraded: nn.Module, plan: Plan) -> nn.Module:
             guidance.projection,
             position=guidance.spec.source == "input+position",
             detach=guidance.spec.detach,
+            axes=guidance.axes,
             device=like.device,
             dtype=like.dtype,
         ).train(owner.training)
