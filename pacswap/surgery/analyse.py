@@ -243,8 +243,10 @@ class _Analysis:
                 self._fault(fault, group_of.get(layer or "", traced.groups[0]), "layers")
             return None
         passes = [self.seen]
-        with suppress(PlanError):  # train mode may want more than the example input: targets, say
-            passes.append(self.train_observation())
+        one_graph = traced.scope.train is not None and traced.scope.evaluate is None
+        if alone or not one_graph:  # else both modes run the same modules in the same order
+            with suppress(PlanError):  # train mode may want more than the example: targets, say
+                passes.append(self.train_observation())
         probe = RelayProbe(self.model, entry, passes)
         faults = probe.faults(requests)
         for _, group, field, fault in faults if alone else ():
