@@ -25,15 +25,16 @@ MOST_LINES_OF_A_FUNCTION = 60  # its docstring not counted
 MAY_IMPORT = {
     "errors": set(),
     "shipped": set(),
+    "fingerprint": set(),
     "scenes": {"errors"},
     "ops": {"errors"},
     "nn": {"ops", "errors"},
-    "surgery": {"nn", "ops", "scenes", "errors"},
+    "surgery": {"nn", "ops", "scenes", "fingerprint", "errors"},
     "zoo": {"scenes", "shipped", "errors"},
     "viz": {"zoo", "surgery", "ops", "errors"},
     "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
-    "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "errors"},
+    "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "fingerprint", "errors"},
     "report": {"surgery", "errors"},
     "upgrade": {"checkpoint", "report", "recipes", "zoo", "surgery", "errors"},
     "train": {
