@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
     "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "fingerprint", "errors"},
+    "hub": {"checkpoint", "recipes", "surgery", "errors"},
     "report": {"surgery", "errors"},
     "upgrade": {"checkpoint", "report", "recipes", "zoo", "surgery", "errors"},
     "train": {
@@ -60,13 +61,14 @@ MAY_IMPORT = {
         "errors",
     },
     "__main__": {"cli"},
-    # `import pacswap` itself; checkpoint and upgrade only when they are first asked for.
-    "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "upgrade"},
+    # `import pacswap` itself; checkpoint, hub and upgrade only when they are first asked for.
+    "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "hub", "upgrade"},
 }
 
 PUBLIC = {
     "pacswap": """Group GuidanceSpec KernelSpec LayerQuery Plan Verification __version__ apply
-        disabled errors layers load nn ops plan revert rewrite save swap verify""",
+        disabled errors hub layers load nn ops plan revert rewrite save swap verify""",
+    "pacswap.hub": """HubModel""",
     "pacswap.nn": """AdaptingKernel Adaptive Guidance JointBilateralUpsample JointUpsample
         KernelOptions PacCRF PacConv2d PacConvTranspose2d PacFilter2d PacPool2d
         PairwiseKernel PairwiseTerm TransposedKernel reduced resize_guidance size_of
@@ -84,6 +86,7 @@ PUBLIC = {
 }
 
 HEAVY = ("triton", "timm", "pydantic", "typer", "rich", "torchvision", "safetensors", "yaml", "PIL")
+HEAVY += ("huggingface_hub",)
 
 
 class Import(NamedTuple):

@@ -38,6 +38,15 @@ def pinned(recipe: Recipe, plan: Plan) -> Recipe:
     return Recipe.model_validate(data)
 
 
+def without_files(recipe: Recipe) -> Recipe:
+    """A recipe whose weights are no file: it would not be there on another machine."""
+    if recipe.model.weights_file is None:
+        return recipe
+    data = recipe_data(recipe)
+    data["model"]["weights"] = None
+    return Recipe.model_validate(data)
+
+
 def source_of(recipe: Recipe, *, weights: bool = True) -> Source:
     """What a recipe's model section builds."""
     model = recipe.model

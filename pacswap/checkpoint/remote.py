@@ -35,7 +35,7 @@ def fetched(
         CheckpointError: there is no such repository, or it cannot be had.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, pinned = name.removeprefix(PREFIX).partition("@")
     try:
