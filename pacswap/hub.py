@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
-from pacswap.checkpoint import ADDED, RECIPE, WEIGHTS, load, save
+from pacswap.checkpoint import ADDED, RECIPE, WEIGHTS, save
+from pacswap.checkpoint.api import load_folder
 from pacswap.checkpoint.describe import without_files
 from pacswap.checkpoint.remote import fetched
 from pacswap.recipes import dump_recipe, load_recipe
@@ -30,8 +31,8 @@ CARD = """---
 
 # {{ name }}, upgraded by pacswap
 
-Some layers of this network are pixel-adaptive ([Su et al., CVPR 2019]({{ paper_url }})): how much each
-neighbour counts is decided from pixel to pixel by the features of an earlier layer.
+Some layers of this network are pixel-adaptive ([Su et al., CVPR 2019]({{ paper_url }})): how much
+each neighbour counts is decided from pixel to pixel by the features of an earlier layer.
 
 ```text
 {{ plan }}
@@ -51,9 +52,9 @@ Nothing of this repository is run as code; the files are safetensors and a recip
 
 ## What is not known
 
-This card was written by pacswap {{ version }} from the network alone. How it was trained, on which data, how
-good it is and under which licence it stands is for its author to say; the weights of the original network have a
-licence of their own.
+This card was written by pacswap {{ version }} from the network alone. How it was trained, on which
+data, how good it is and under which licence it stands is for its author to say; the weights of the
+original network have a licence of their own.
 """
 
 
@@ -153,7 +154,8 @@ class HubModel(
             CheckpointError: it cannot be had, or is damaged.
         """
         folder = Path(model_id)
-        if not folder.is_dir():
+        is_remote = not folder.is_dir()
+        if is_remote:
             folder = fetched(
                 model_id,
                 revision=revision,
@@ -162,7 +164,13 @@ class HubModel(
                 local_files_only=local_files_only,
                 token=token,
             )
-        upgraded = load(folder, base=base, device=device, trust_python=trust_python)
+        upgraded = load_folder(
+            folder,
+            base=base,
+            device=device,
+            trust_python=trust_python,
+            trust_files=not is_remote,
+        )
         return cls(upgraded, added_only=(folder / ADDED).is_file())
 
 

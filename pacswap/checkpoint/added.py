@@ -242,7 +242,8 @@ def _check_base(
 ) -> None:
     """Raise unless every tensor that the file does not hold is what it was at the swap."""
     found = base_of(model) or {}
-    differing = [name for name, digest in expected.items() if found.get(name) != digest]
+    order = [*found, *(name for name in expected if name not in found)]
+    differing = [name for name in order if found.get(name) != expected.get(name, found.get(name))]
     if not differing:
         return
     if base is None:

@@ -15,6 +15,7 @@ from pacswap.checkpoint.describe import recipe_of
 from pacswap.checkpoint.folders import ADDED, RECIPE, WEIGHTS, new_folder
 from pacswap.checkpoint.full import load_full, write_model
 from pacswap.checkpoint.remote import PREFIX, fetched
+from pacswap.checkpoint.tensors import tensors_of
 from pacswap.errors import CheckpointError
 from pacswap.recipes import load_recipe
 from pacswap.surgery import plan_of, revert
@@ -55,6 +56,7 @@ def save(
         WeightsError: the weights that `source` names cannot be had.
     """
     plan = plan_of(model)
+    tensors_of(model)  # refuses what no file has a place for
     plain = revert(skeleton(model))
     known = identify(plain) if source is None else _checked(source, plain)
     if added_only:
@@ -104,20 +106,47 @@ def load(
         RecipeError: its recipe is wrong.
         ModelError: the network cannot be built.
     """
+    is_remote = isinstance(folder, str) and folder.startswith(PREFIX)
+    return load_folder(
+        fetched(str(folder)) if is_remote else Path(folder),
+        base=base,
+        device=device,
+        trust_python=trust_python,
+        trust_files=not is_remote,
+    )
+
+
+def load_folder(
+    folder: Path,
+    *,
+    base: nn.Module | None,
+    device: str | torch.device,
+    trust_python: bool,
+    trust_files: bool,
+) -> nn.Module:
+    """`load`, of a directory on this machine.
+
+    Args:
+        folder: the directory.
+        base: as in `load`, like the next two.
+        device: where to put the model.
+        trust_python: allow a Python factory.
+        trust_files: allow the recipe to name a weights file of this machine; not that of a
+            download.
+
+    Raises:
+        CheckpointError: as in `load`, like the other errors.
+    """
     try:
         device = torch.device(device)
     except RuntimeError as error:
         raise CheckpointError(
             f"device {device!r} is unknown. Use 'cpu', 'cuda' or 'mps'."
         ) from error
-    is_remote = isinstance(folder, str) and folder.startswith(PREFIX)
-    folder = fetched(str(folder)) if is_remote else Path(folder)
     kind = _kind_of(folder)
     loaded = load_recipe(folder / RECIPE)
     if kind == ADDED:
-        model = load_added(
-            loaded, folder, base, trust_python=trust_python, trust_files=not is_remote
-        )
+        model = load_added(loaded, folder, base, trust_python=trust_python, trust_files=trust_files)
     elif base is not None:
         raise CheckpointError(
             f"'{folder}' holds the whole model, which takes nothing from a base. Leave out base=."

@@ -82,7 +82,7 @@ def _notes(path: Path, metadata: Mapping[str, str]) -> Notes:
             f"'{path}' has format {version}, this pacswap reads {VERSION}. Upgrade: pip install "
             "--upgrade pacswap"
         )
-    if not isinstance(data, dict) or version != VERSION:
+    if not isinstance(data, dict) or type(version) is not int or version != VERSION:
         raise _damaged(path)
     base, aliases = data.get("base"), data.get("aliases", {})
     if not ((base is None or _is_texts(base)) and _is_texts(aliases)):
