@@ -133,7 +133,7 @@ class HubModel(
         return super().generate_model_card(*args, **{**own, **kwargs})
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # an unknown option is an error
         cls,
         *,
         model_id: str,

@@ -340,9 +340,9 @@ def test_weights_that_the_user_names():
 def test_no_values_no_digests(shipped):
     model = upgraded(copy.deepcopy(shipped).to("meta"))
     message = (
-        "this SceneNet does not know what its tensors were at the swap, because they had no values "
-        "then (the meta device), so what was added cannot be told from them. Save the whole model: "
-        "added_only=False."
+        "this SceneNet does not know what its tensors were at the swap, so what was added cannot "
+        "be told from them: they had no values then (the meta device), or it was loaded from a "
+        "file that does not say. Save the whole model: added_only=False."
     )
     assert error_of(pacswap.save, model, "m", added_only=True) == message
     model.to_empty(device="cpu").load_state_dict(upgraded(shipped).state_dict())

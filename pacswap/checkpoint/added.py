@@ -63,9 +63,9 @@ def added_part(
     before, now = base_of(model), digests(state)
     if before is None or now is None:
         raise CheckpointError(
-            f"this {type(model).__name__} does not know what its tensors were at the swap, because "
-            "they had no values then (the meta device), so what was added cannot be told from "
-            "them. Save the whole model: added_only=False."
+            f"this {type(model).__name__} does not know what its tensors were at the swap, so what "
+            "was added cannot be told from them: they had no values then (the meta device), or it "
+            "was loaded from a file that does not say. Save the whole model: added_only=False."
         )
     held = {name for name in state if before.get(name) != now[name]}
     if source is None:
