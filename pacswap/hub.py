@@ -85,6 +85,7 @@ class HubModel(
         plan_of(model)
         self.model = model
         self.added_only = added_only
+        self._section: ModelSection | None = None  # of what was written last, for its card
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Put a model directory into a folder that may hold an earlier one.
@@ -93,17 +94,17 @@ class HubModel(
             CheckpointError: it cannot be written.
         """
         with tempfile.TemporaryDirectory(dir=save_directory) as draft:
-            made = self._made(Path(draft))
+            made, self._section = self._made(Path(draft))
             (save_directory / (WEIGHTS if self.added_only else ADDED)).unlink(missing_ok=True)
             for file in sorted(made.iterdir()):
                 file.replace(save_directory / file.name)
 
-    def _made(self, draft: Path) -> Path:
-        """A model directory that names no file of this machine."""
+    def _made(self, draft: Path) -> tuple[Path, ModelSection]:
+        """A model directory that names no file of this machine, and the network it names."""
         made = save(self.model, draft / "model", added_only=self.added_only)
         recipe = without_files(load_recipe(made / RECIPE).recipe)
         (made / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-        return made
+        return made, recipe.model
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of the repository; the mixin writes it unless there is one.
@@ -118,8 +119,10 @@ class HubModel(
         Raises:
             CheckpointError: the network cannot be saved.
         """
-        with tempfile.TemporaryDirectory() as draft:
-            section = load_recipe(self._made(Path(draft)) / RECIPE).recipe.model
+        section, self._section = self._section, None
+        if section is None:  # asked for by itself
+            with tempfile.TemporaryDirectory() as draft:
+                section = self._made(Path(draft))[1]
         arguments = ['"hf-hub:OWNER/NAME"']
         arguments += ["base=network"] if self.added_only and section.weights is None else []
         arguments += ["trust_python=True"] if _runs_python(section, self.added_only) else []
