@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ class Config(nn.Sequential):
 class Folded(nn.Module):
     """A stem that folds space into channels, as timm's TResNet has."""
 
-    default_cfg = {"input_size": (3, 32, 32)}
+    default_cfg: ClassVar = {"input_size": (3, 32, 32)}
 
     def __init__(self) -> None:
         super().__init__()
