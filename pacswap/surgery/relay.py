@@ -240,7 +240,7 @@ class Resume:
             return
         frame = current()
         if frame is not None:
-            if frame.checkpointed and frame.resumed_by is None:
+            if frame.checkpointed:  # in a recomputation too: a checkpointed part may hold another
                 setattr(args[0], _TAG, frame)
         elif torch._C._current_graph_task_id() != -1:
             tied = getattr(args[0], _TAG, None)
