@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
@@ -178,7 +179,12 @@ def relayed(
             frame.give("external", given)
     _local.frames.append(frame)
     try:
-        return original(root, *args, **kwargs)
+        if not frame.checkpointed:
+            return original(root, *args, **kwargs)
+        # A recomputation that stops early does not reach the parts inside it that are checkpointed
+        # themselves, which find their frame by having been called.
+        with set_checkpoint_early_stop(False):
+            return original(root, *args, **kwargs)
     finally:
         _local.frames.pop()
 
@@ -230,8 +236,9 @@ class Tap:
 class Resume:
     """A forward pre-hook on what gradient checkpointing may recompute.
 
-    The recomputation runs in the backward pass, when the frame is long closed. It begins with the
-    very tensor that the forward pass began with, so that tensor carries the frame along.
+    The recomputation runs in the backward pass, when the frame is long closed. It begins with what
+    the forward pass began with, so the storage of that tensor carries the frame along (the tensor
+    itself may come back detached).
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -241,9 +248,9 @@ class Resume:
         frame = current()
         if frame is not None:
             if frame.checkpointed:  # in a recomputation too: a checkpointed part may hold another
-                setattr(args[0], _TAG, frame)
+                setattr(args[0].untyped_storage(), _TAG, frame)
         elif torch._C._current_graph_task_id() != -1:
-            tied = getattr(args[0], _TAG, None)
+            tied = getattr(args[0].untyped_storage(), _TAG, None)
             if tied is not None:
                 _local.frames.append(tied.resume(module))
 
