@@ -88,21 +88,9 @@ WRONG: dict[str, Wrong] = {
         m.OtherConvs,
         layers="point",
     ),
-    "conv1d": Wrong(
-        "cannot upgrade OtherConvs: layers: cannot swap 'line': it is a Conv1d; "
-        "pixel-adaptive convolution is two-dimensional.",
-        m.OtherConvs,
-        layers="line",
-    ),
-    "conv3d": Wrong(
-        "cannot upgrade OtherConvs: layers: cannot swap 'volume': it is a Conv3d; "
-        "pixel-adaptive convolution is two-dimensional.",
-        m.OtherConvs,
-        layers="volume",
-    ),
     "transposed": Wrong(
-        "cannot upgrade OtherConvs: layers: cannot swap 'up': it is a ConvTranspose2d; only "
-        "Conv2d layers can be swapped.",
+        "cannot upgrade OtherConvs: layers: cannot swap 'up': it is a ConvTranspose2d, which "
+        "enlarges. Name it in an upsampling: operation='upsample', or upsample: in a recipe.",
         m.OtherConvs,
         layers="up",
     ),
@@ -118,8 +106,8 @@ WRONG: dict[str, Wrong] = {
         "cannot upgrade OtherConvs, 2 faults:\n"
         "  - layers: cannot swap 'point': it is 1×1: a single tap has no neighbours to weigh. "
         "Name the spatial convolutions only.\n"
-        "  - layers: cannot swap 'up': it is a ConvTranspose2d; only Conv2d layers can be "
-        "swapped.",
+        "  - layers: cannot swap 'up': it is a ConvTranspose2d, which enlarges. Name it in an "
+        "upsampling: operation='upsample', or upsample: in a recipe.",
         m.OtherConvs,
         layers=["point", "up", "target"],
     ),
@@ -238,8 +226,11 @@ WRONG: dict[str, Wrong] = {
         guidance="idle",
     ),
     "flat": Wrong(
-        "cannot upgrade TwoInputs: guidance: 'embedding' returns [2, 4]; a guidance is a "
-        "feature map [B, D, H, W].",
+        "cannot upgrade TwoInputs, 2 faults:\n"
+        "  - guidance: 'embedding' returns [2, 4]; a guidance is a feature map [B, D, H, W], a "
+        "sequence [B, D, L] or a clip [B, D, T, H, W].\n"
+        "  - guidance: cannot feed 'target' from 'embedding', which returns [2, 4]: the layer "
+        "filters maps [B, C, H, W]. Name a guidance that returns what the layer filters.",
         m.TwoInputs,
         "target",
         "embedding",

@@ -119,7 +119,7 @@ WRONG: dict[str, Wrong] = {
     "windows": Wrong(
         "cannot upgrade Windows: guidance: cannot feed 'target' from 'stem': it filters 4 maps "
         "where the guidance has 2. It runs on regions or windows of the image, or on several "
-        "images at once; name a layer that runs on the same ones.",
+        "images at once; name a guidance that runs on the same ones.",
         r.Windows,
     ),
     "source_twice": Wrong(

@@ -58,7 +58,6 @@ def test_a_plan_prints_as_a_table() -> None:
 
 
 def test_layers_lists_what_can_be_swapped_and_why_not() -> None:
-    other = "pixel-adaptive convolution is two-dimensional"
     shape = (1, 4, 16, 20)
     assert pacswap.layers(models.OtherConvs(), SMALL) == [
         LayerInfo("stem", "Conv2d 3→4 3×3", shape, None),
@@ -72,13 +71,14 @@ def test_layers_lists_what_can_be_swapped_and_why_not() -> None:
             "timm's Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame",
         ),
         LayerInfo("renamed", "Renamed 4→4 3×3", shape, None),
-        LayerInfo("line", "Conv1d 4→4 3", (1, 4, 320), f"it is a Conv1d; {other}"),
-        LayerInfo("volume", "Conv3d 4→4 3×3×3", (1, 4, 1, 16, 20), f"it is a Conv3d; {other}"),
+        LayerInfo("line", "Conv1d 4→4 3", (1, 4, 320), None),
+        LayerInfo("volume", "Conv3d 4→4 3×3×3", (1, 4, 1, 16, 20), None),
         LayerInfo(
             "up",
             "ConvTranspose2d 4→4 2×2 s2",
             (1, 4, 32, 40),
-            "it is a ConvTranspose2d; only Conv2d layers can be swapped",
+            "it is a ConvTranspose2d, which enlarges. Name it in an upsampling: "
+            "operation='upsample', or upsample: in a recipe",
         ),
     ]
 

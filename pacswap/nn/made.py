@@ -32,7 +32,8 @@ def made_class(
         *args: of `maker`.
     """
     own = {"__reduce_ex__": _reduce_ex, _MAKER: (maker, args)}
-    return type(name, bases, {**namespace, **own})
+    made: type[Any] = type(name, bases, {**namespace, **own})
+    return made
 
 
 def alike(module: nn.Module, cls: type[Any], *, without: Collection[str] = ()) -> Any:

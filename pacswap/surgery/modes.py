@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -32,6 +35,32 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in flagged:
             module.grad_checkpointing = True  # type: ignore[assignment]
+
+
+# Functions whose result is like their first argument.
+_LIKE_INPUT = (F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.softmax)
+
+
+class QuickShapes(TorchFunctionMode):
+    """Norms and their like give an empty tensor at once where the input is on meta.
+
+    Their decompositions in Python take more time than all the rest of a network on meta.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, or say what it would return."""
+        kwargs = kwargs or {}
+        input = args[0] if args else kwargs.get("input")
+        known = func in _LIKE_INPUT and isinstance(input, Tensor) and input.is_meta
+        if not known or kwargs.get("dtype") is not None or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+        if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
+            F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+        if func is F.layer_norm:
+            return torch.empty_like(input, memory_format=torch.contiguous_format)
+        return torch.empty_like(input)
 
 
 @contextmanager

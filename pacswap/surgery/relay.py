@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
@@ -62,7 +63,7 @@ class Relay:
 
     def takes(self, root: nn.Module, image: Any) -> bool:
         """Whether an argument is the image that guides; a head's argument is features."""
-        if not isinstance(image, Tensor) or image.dim() != 4:
+        if not isinstance(image, Tensor) or image.dim() < 3:
             return False
         owners = [_inner(root, g.owner) for g in self.guidances if g.sources == ("input",)]
         wanted = {o.guidance.in_channels - 2 * o.guidance.position for o in owners}
@@ -82,6 +83,7 @@ class Frame:
         self.features: dict[int, Tensor | None] = {}
         self.kernels: dict[tuple[str, tuple[int, ...]], Tensor | None] = {}
         self.resumed_by: nn.Module | None = None
+        self.given: set[int] = set()  # the storages of the caller's tensors
 
     def kept(self) -> Frame:
         """The frame as it is now, for a recomputation in the backward pass: its values alone.
@@ -90,6 +92,7 @@ class Frame:
         the forward pass. A frame that is tied to a tensor must not hold that tensor's graph.
         """
         kept = Frame(self.root, self.relay, learns=True)
+        kept.given = self.given
         kept.maps = {key: _value(held) for key, held in self.maps.items()}
         kept.features = {key: _value(held) for key, held in self.features.items()}
         kept.kernels = {key: _value(held) for key, held in self.kernels.items()}
@@ -99,7 +102,7 @@ class Frame:
         """A kept frame as the recomputation of one of its modules finds it."""
         again = Frame(self.root, self.relay, learns=True)
         again.maps, again.features = dict(self.maps), dict(self.features)
-        again.kernels, again.resumed_by = dict(self.kernels), module
+        again.kernels, again.resumed_by, again.given = dict(self.kernels), module, self.given
         return again
 
     def give(self, source: str, output: Any) -> None:
@@ -197,6 +200,7 @@ def relayed(
     frame = Frame(root, relay, learns=learns)
     if learns:  # tensors of this call alone, because frames are tied to them
         args, kwargs = pytree.tree_map_only(Tensor, _own, (args, kwargs))
+        frame.given = {_storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
     if relay.has("input"):
         first = _first_parameter(original)
         image = args[0] if args else kwargs.get(first)
@@ -206,7 +210,12 @@ def relayed(
         frame.give("external", external)
     _local.frames.append(frame)
     try:
-        return original(root, *args, **kwargs)
+        if not learns or torch.compiler.is_compiling():
+            return original(root, *args, **kwargs)
+        # A recomputation that stops early does not reach the parts inside it that are checkpointed
+        # themselves, which find their frame by having been called.
+        with set_checkpoint_early_stop(False):
+            return original(root, *args, **kwargs)
     finally:
         _local.frames.pop()
 
@@ -277,26 +286,45 @@ class Tap:
 class Resume:
     """A forward pre-hook on what gradient checkpointing may recompute.
 
-    The recomputation runs in the backward pass, when the frame is long closed. It begins with the
-    very tensor that the forward pass began with, so that tensor carries the frame along.
+    The recomputation runs in the backward pass, when the frame is long closed. It begins with what
+    the forward pass began with, so that tensor carries the frame along, and its storage too: inside
+    another recomputation the tensor comes back detached.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Tie the frame to the input, or open the one that is tied to it."""
         if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
             return
-        frame = current()
-        tied: _Tied | None = getattr(args[0], _TAG, None)
-        if frame is not None:
-            if not (torch.is_grad_enabled() and _is_kept_otherwise()):
+        frame, input = current(), args[0]
+        if frame is None:
+            if _is_backward():
+                self._open(module, input)
+        elif torch.is_grad_enabled() and _is_kept_otherwise():
+            again = frame.resumed_by is not None
+            kept = frame.kept()
+            _tie(input, module, kept, again=again)
+            if _storage_key(input) not in frame.given:  # others may begin with that one too
+                _tie(input.untyped_storage(), module, kept, again=again)
+
+    def _open(self, module: nn.Module, input: Tensor) -> None:
+        for carrier in (input, input.untyped_storage()):
+            tied: _Tied | None = getattr(carrier, _TAG, None)
+            if tied is not None and module in tied.frames:
+                _local.frames.append(tied.frames[module].resume(module))
                 return
-            if tied is None:
-                tied = _Tied()
-                setattr(args[0], _TAG, tied)
-            if frame.resumed_by is None or module not in tied.frames:
-                tied.frames[module] = frame.kept()
-        elif tied is not None and module in tied.frames and _is_backward():
-            _local.frames.append(tied.frames[module].resume(module))
+
+
+def _tie(carrier: Any, module: nn.Module, kept: Frame, *, again: bool) -> None:
+    tied: _Tied | None = getattr(carrier, _TAG, None)
+    if tied is None:
+        tied = _Tied()
+        setattr(carrier, _TAG, tied)
+    if not again or module not in tied.frames:
+        tied.frames[module] = kept
+
+
+def _storage_key(value: Any) -> int:
+    return value.untyped_storage()._cdata if type(value) is Tensor else 0
 
 
 class _Tied:

@@ -62,22 +62,21 @@ class RelayProbe:
         """The first call of a module in the scope."""
         return self.runs(name)[0][2][0]
 
-    def feature_map(self, layer: str, *, inserted: bool = False) -> tuple[int, int, int]:
+    def feature_map(self, layer: str, *, inserted: bool = False, axes: int = 2) -> tuple[int, ...]:
         """C, H, W of what a layer filters, or of what it returns."""
         call = self.first(layer)
         shape = call.output_shape if inserted else call.input_shape
         assert shape is not None
-        _, channels, height, width = shape
-        return channels, height, width
+        return tuple(shape[-axes - 1 :])
 
-    def output_size(self, layer: str) -> tuple[int, int]:
+    def output_size(self, layer: str) -> tuple[int, ...]:
         """H, W of what a layer returns."""
         return self.feature_map(layer, inserted=True)[1:]
 
-    def channels(self, layer: str) -> set[int]:
+    def channels(self, layer: str, axes: int = 2) -> set[int]:
         """C of what a layer filters, at each of its calls."""
         calls = [call for _, _, inside in self.runs(layer) for call in inside]
-        return {call.input_shape[1] for call in calls if call.input_shape is not None}
+        return {call.input_shape[-axes - 1] for call in calls if call.input_shape is not None}
 
     def calls(self, layer: str) -> int:
         """How often a layer runs in one call of the scope."""
@@ -157,14 +156,13 @@ class RelayProbe:
 
     def _why_not_fed(self, layer: str, source: str) -> str | None:
         for seen, order, inside in self.runs(layer):
-            call = inside[0]
-            made = [c for _, o, calls in self.runs(source) for c in calls if o == order]
-            made = [c for c in made if c in seen.calls] if source not in _GIVEN else []
-            if source not in _GIVEN:
-                if not made:
-                    return f"cannot feed '{layer}' from '{source}', which does not run before it."
-                if made[0].order > call.order or (made[0].order, made[0].entry) in call.stack:
-                    return self._too_late(layer, source, made[0], call, seen)
+            made = None if source in _GIVEN else self._made(source, seen, order)
+            if made is None and source not in _GIVEN:
+                return f"cannot feed '{layer}' from '{source}', which does not run beside it."
+            if made is not None:
+                late = made.order > inside[0].order or (made.order, made.entry) in inside[0].stack
+                if late:
+                    return self._too_late(layer, source, made, inside[0], seen)
             batch = self._batch(source, made)
             for call in inside:
                 if call.input_shape is None:
@@ -173,15 +171,22 @@ class RelayProbe:
                     return (
                         f"cannot feed '{layer}' from '{source}': it filters {call.input_shape[0]} "
                         f"maps where the guidance has {batch}. It runs on regions or windows of "
-                        "the image, or on several images at once; name a layer that runs on the "
+                        "the image, or on several images at once; name a guidance that runs on the "
                         "same ones."
                     )
         return None
 
-    def _batch(self, source: str, made: list[Call]) -> int | None:
+    def _made(self, source: str, seen: Observation, order: int) -> Call | None:
+        """The call of a source in one call of the scope."""
+        for other, at, calls in self.runs(source):
+            if other is seen and at == order:
+                return calls[0]
+        return None
+
+    def _batch(self, source: str, made: Call | None) -> int | None:
         if source == "external":
             return None
-        shape = self._shape(source) if source == "input" else made[0].output_shape
+        shape = self._shape(source) if made is None else made.output_shape
         return None if shape is None else shape[0]
 
     def _too_late(self, layer: str, source: str, made: Call, call: Call, seen: Observation) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import Node
@@ -78,8 +77,7 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
         if plan.scope_of(layer) is scope:
             index = guidances.index(plan.guidance_of(layer))
             owner = scope.local(plan.kernels[layer.kernel].owner)
-            adaptive: Any = model.get_submodule(layer.place)
-            adaptive.supply = Supply(index, owner)
+            vars(model.get_submodule(layer.place))["supply"] = Supply(index, owner)
     tapped: dict[str, list[str]] = {}
     for source in {source for _, given in scope.relayed for source in given}:
         if source.name not in ("input", "external"):
