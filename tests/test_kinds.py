@@ -123,6 +123,30 @@ def test_axes_that_do_not_fit_are_refused(layer: str, guidance: Any, message: st
     assert str(caught.value) == f"cannot upgrade Clip: guidance: {message}"
 
 
+class Line(nn.Module):
+    """A convolution over the rows of a map, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.stem(x).flatten(2))
+
+
+def test_a_map_guides_no_line_but_that_of_its_channels() -> None:
+    with pytest.raises(PlanError) as caught:
+        pacswap.plan(Line(), "conv", "stem", example_input=IMAGES)
+    assert str(caught.value) == (
+        "cannot upgrade Line: guidance: cannot feed 'conv' from 'stem', which returns "
+        "[2, 4, 20, 24]: the layer filters sequences [B, C, L]. Name a guidance that returns what "
+        "the layer filters."
+    )
+    torch.manual_seed(0)
+    swapped(Line(), "conv", IMAGES, "flatten")
+
+
 def test_a_map_guides_a_clip() -> None:
     torch.manual_seed(0)
     swapped(Clip(), "both", CLIPS, "frame")

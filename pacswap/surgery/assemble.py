@@ -176,16 +176,20 @@ class Assembly:
                 )
 
     def _check_axes(self, claim: Claim, guidance: int, axes: int) -> None:
-        """A sequence or a clip guides layers of as many axes; a map also sequences and clips."""
+        """Features guide layers of as many axes; a map also clips, and channels that are one line.
+
+        A convolution over the channels of a pooled map (ECA) reads a map as it reads its own input.
+        """
         planned = self.guidances[guidance]
         shape = next((s for s in planned.shapes if s is not None), None)
-        if shape is None or len(shape) - 2 == axes or axes == 1:
+        over_channels = axes == 1 and getattr(claim.target.module, "in_channels", 0) == 1
+        if shape is None or len(shape) - 2 == axes or over_channels:
             return
         flat = getattr(claim.target.module, "kernel_size", (0,))[-1] == 1
-        if len(shape) == 4 and not flat:
+        if (len(shape), axes) == (4, 3) and not flat:
             return
         why = f"the layer filters {_MAPS[axes]}"
-        if len(shape) == 4:
+        if (len(shape), axes) == (4, 3):
             why = (
                 "a map is the same along the first axis, and the layer's window has a single tap "
                 "along the last"
