@@ -263,3 +263,25 @@ def test_a_layer_under_a_hand_made_reentrant_checkpoint_is_an_error_in_the_backw
     with pytest.raises(GuidanceError) as caught:
         loss.backward()
     assert str(caught.value) == IN_BACKWARD
+
+
+class ByHand(nn.Module):
+    """A forward that could be traced, with a checkpoint that a trace would drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def test_a_checkpoint_of_the_networks_own_still_recomputes() -> None:
+    upgraded = pacswap.swap(ByHand(), "block.0", "stem", example_input=torch.rand(2, 3, 16, 20))
+    assert "which a graph drops" in str(pacswap.surgery.plan_of(upgraded).scopes[0].untraced)
+    calls: list[str] = []
+    upgraded.block[1].register_forward_hook(lambda *args: calls.append("tanh"))
+    upgraded(torch.rand(2, 3, 16, 20)).sum().backward()
+    assert calls == ["tanh", "tanh"]

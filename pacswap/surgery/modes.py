@@ -72,3 +72,14 @@ def kept_random() -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+_saving = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def keeps_otherwise() -> bool | None:
+    """Whether something, as gradient checkpointing does, keeps tensors for the backward pass.
+
+    None if torch, before 2.7, cannot tell.
+    """
+    return None if _saving is None else _saving(True) is not None

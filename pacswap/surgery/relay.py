@@ -22,6 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like
+from pacswap.surgery.modes import keeps_otherwise
 from pacswap.surgery.runtime import required_guidance
 from pacswap.surgery.spec import Resize
 
@@ -299,7 +300,7 @@ class Resume:
         if frame is None:
             if _is_backward():
                 self._open(module, input)
-        elif torch.is_grad_enabled() and _is_kept_otherwise():
+        elif torch.is_grad_enabled() and keeps_otherwise() is not False:
             again = frame.resumed_by is not None
             kept = frame.kept()
             _tie(input, module, kept, again=again)
@@ -335,16 +336,6 @@ class _Tied:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the tensor carries none
-
-
-def _is_kept_otherwise() -> bool:
-    """Whether something, as gradient checkpointing does, keeps tensors for the backward pass."""
-    if _saving is None:  # torch before 2.7 cannot tell
-        return True
-    return _saving(True) is not None
-
-
-_saving = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def _is_backward() -> bool:

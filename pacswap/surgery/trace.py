@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
+from pacswap.surgery.modes import keeps_otherwise
 from pacswap.surgery.runtime import only_default
 
 LABEL = "pacswap_label"
@@ -351,10 +352,11 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def _context() -> tuple[bool, ...]:
-    """What `with` statements change without leaving a node in a graph."""
+def _context() -> tuple[bool | None, ...]:
+    """What `with` statements and gradient checkpointing change without leaving a node in a graph."""
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    return *modes, keeps_otherwise()
 
 
 def _notrace_functions() -> Iterator[Callable[..., Any]]:
