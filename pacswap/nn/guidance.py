@@ -133,7 +133,7 @@ def resize_guidance(guidance: Tensor | None, like: Like, mode: Resize) -> Tensor
     if guidance is None:
         return None
     size = size_of(like)
-    if guidance.shape[-2:] == size:
+    if same_size(size_of(guidance), size):
         return guidance
     if mode == "bilinear":
         return F.interpolate(guidance, size=size, mode=mode, align_corners=False)
@@ -143,6 +143,22 @@ def resize_guidance(guidance: Tensor | None, like: Like, mode: Resize) -> Tensor
 def size_of(like: Like) -> tuple[int, int]:
     """(H, W) of a tensor [B, C, H, W], or of itself."""
     return like if isinstance(like, tuple) else (like.shape[-2], like.shape[-1])
+
+
+def same_size(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two resolutions are one; under a compiler, whether they are for every image.
+
+    A compiler that compared the sizes of its example would refuse all images that round otherwise.
+
+    Args:
+        one: (H, W).
+        other: (H, W).
+    """
+    if not torch.compiler.is_compiling():
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(one[0] == other[0]) and statically_known_true(one[1] == other[1])
 
 
 def why_not_project(in_channels: int | None, channels: int | None) -> str | None:

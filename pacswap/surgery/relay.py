@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
-from pacswap.nn.guidance import Like
+from pacswap.nn.guidance import Like, same_size
 from pacswap.surgery.runtime import required_guidance
 from pacswap.surgery.spec import Resize
 
@@ -69,7 +69,8 @@ class Frame:
         self.root, self.relay = root, relay
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: dict[int, Tensor | None] = {}
-        self.kernels: dict[tuple[str, tuple[int, ...]], Tensor | None] = {}
+        # By owner, in a list: a compiler's size has no hash.
+        self.kernels: dict[str, list[tuple[tuple[int, int], Tensor | None]]] = {}
         # What a checkpointed part computes has to be computed again by its recomputation.
         self.checkpointed = torch.is_grad_enabled() and relay.is_checkpointing(root)
         self.resumed_by: nn.Module | None = None
@@ -124,13 +125,15 @@ class Frame:
         """
         if index not in self.features:
             return None
-        key = owner, size_of(like)
-        if key in self.kernels and not self.checkpointed:
-            return self.kernels[key]
+        made, size = self.kernels.setdefault(owner, []), size_of(like)
+        for known, kernel in made:
+            if same_size(known, size) and not self.checkpointed:
+                return kernel
         features = self.features[index]
         resized = resize_guidance(features, like, self.relay.guidances[index].resize)
-        self.kernels[key] = _inner(self.root, owner).adapting_kernel(resized)
-        return self.kernels[key]
+        kernel = _inner(self.root, owner).adapting_kernel(resized)
+        made.append((size, kernel))
+        return kernel
 
 
 class _Local(threading.local):
