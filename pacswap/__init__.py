@@ -30,12 +30,14 @@ from pacswap.surgery import (
 )
 
 if _TYPE_CHECKING:
+    from pacswap import hub
     from pacswap.checkpoint import load, save
     from pacswap.upgrade import apply
 
 __version__ = _version("pacswap")
 
-# Loaded when first asked for: they bring pydantic, and timm or torchvision's models.
+# Loaded when first asked for: they bring pydantic, and timm or torchvision's models; `hub` brings
+# huggingface_hub.
 _LATER = {"apply": "pacswap.upgrade", "load": "pacswap.checkpoint", "save": "pacswap.checkpoint"}
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "apply",
     "disabled",
     "errors",
+    "hub",
     "layers",
     "load",
     "nn",
@@ -63,6 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "hub":
+        return _import_module("pacswap.hub")
     if name in _LATER:
         return getattr(_import_module(_LATER[name]), name)
     raise AttributeError(f"module 'pacswap' has no attribute {name!r}")

@@ -25,15 +25,17 @@ MOST_LINES_OF_A_FUNCTION = 60  # its docstring not counted
 MAY_IMPORT = {
     "errors": set(),
     "shipped": set(),
+    "fingerprint": set(),
     "scenes": {"errors"},
     "ops": {"errors"},
     "nn": {"ops", "errors"},
-    "surgery": {"nn", "ops", "scenes", "errors"},
+    "surgery": {"nn", "ops", "scenes", "fingerprint", "errors"},
     "zoo": {"scenes", "shipped", "errors"},
     "viz": {"zoo", "surgery", "ops", "errors"},
     "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
-    "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "errors"},
+    "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "fingerprint", "errors"},
+    "hub": {"checkpoint", "recipes", "surgery", "errors"},
     "report": {"surgery", "errors"},
     "upgrade": {"checkpoint", "report", "recipes", "zoo", "surgery", "errors"},
     "train": {
@@ -59,21 +61,24 @@ MAY_IMPORT = {
         "errors",
     },
     "__main__": {"cli"},
-    # `import pacswap` itself; checkpoint and upgrade only when they are first asked for.
-    "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "upgrade"},
+    # `import pacswap` itself; checkpoint, hub and upgrade only when they are first asked for.
+    "__init__": {"surgery", "nn", "ops", "errors", "checkpoint", "hub", "upgrade"},
 }
 
 PUBLIC = {
     "pacswap": """Group GuidanceSpec KernelSpec LayerQuery Plan Verification __version__ apply
-        disabled errors layers load nn ops plan revert rewrite save swap verify""",
+        disabled errors hub layers load nn ops plan revert rewrite save swap verify""",
+    "pacswap.hub": """HubModel""",
     "pacswap.nn": """AdaptingKernel Adaptive Guidance JointBilateralUpsample JointUpsample
-        KernelOptions PacCRF PacConv2d PacConvTranspose2d PacFilter2d PacPool2d
+        KernelOptions PacCRF PacConv1d PacConv2d PacConv3d PacConvTranspose2d PacFilter2d PacPool2d
         PairwiseKernel PairwiseTerm TransposedKernel reduced resize_guidance size_of
-        why_not_project""",
-    "pacswap.ops": """Window adapting_kernel attach_kernel_gradient blended compute_dtype convolve
-        explain guidance_window insert_zeros inserted_mask make_window masked output_mask
-        pac_conv2d pac_conv_transpose2d pac_pool2d smoothing_filter standardized
-        tap_distance transposed_window turned valid_taps""",
+        to_sequence why_not_project""",
+    "pacswap.ops": """AnyWindow SequenceWindow VolumeWindow Window adapting_kernel
+        attach_kernel_gradient blended compute_dtype convolve
+        explain guidance_window insert_zeros inserted_mask make_sequence_window
+        make_volume_window make_window masked output_mask
+        pac_conv1d pac_conv2d pac_conv3d pac_conv_transpose2d pac_pool2d smoothing_filter
+        standardized tap_distance transposed_window turned valid_taps""",
     "pacswap.viz": """adaptation_map guidance_image heat_image kernel_images look_into show""",
     "pacswap.zoo": """Source bare build has_trained_head identify input_size load_weights_file
         model_names normalization read_state_dict why_not_twin""",
@@ -83,6 +88,7 @@ PUBLIC = {
 }
 
 HEAVY = ("triton", "timm", "pydantic", "typer", "rich", "torchvision", "safetensors", "yaml", "PIL")
+HEAVY += ("huggingface_hub",)
 
 
 class Import(NamedTuple):

@@ -370,13 +370,13 @@ def test_kills_and_races():
 
 def test_the_drafts_name_is_hidden_and_beside_the_target(models, monkeypatch):
     seen = []
-    write_model = checkpoint.write_model
+    write_model = checkpoint.api.write_model
 
     def note(model: nn.Module, recipe: object, draft: Path) -> None:
         seen.append(draft)
         write_model(model, recipe, draft)
 
-    monkeypatch.setattr(checkpoint, "write_model", note)
+    monkeypatch.setattr(checkpoint.api, "write_model", note)
     pacswap.save(models["old"], "model")
     assert [path.parent for path in seen] == [Path.cwd()]
     assert seen[0].name.startswith(".model.")

@@ -185,13 +185,14 @@ def ls_layers(
 ) -> None:
     """List what an operation can change in a model, in the order in which it runs."""
     from pacswap.surgery import default_input, layers
+    from pacswap.surgery.example import of_size
     from pacswap.zoo import build, input_size
 
     source = _source(model)
     network = build(source, meta=True, trust_python=trust_python)
     example = default_input(network)
     size = input_size(source, network)
-    example = example if size is None else example.new_empty(1, *size)
+    example = example if size is None else of_size(example, size)
     infos = layers(network, example, operation=cast("Operation", operation))
     if as_json:
         rows = [

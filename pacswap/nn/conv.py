@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pacswap import ops
 from pacswap.errors import GuidanceError, ShapeError
-from pacswap.nn.adaptive import ADDED, MASKED, Adaptive
-from pacswap.nn.kernel import KernelOptions, kernel_for
-from pacswap.nn.made import alike, made_class
-from pacswap.nn.variants import Variant, plain_class, variant_of
+from pacswap.nn.adaptive import MASKED
+from pacswap.nn.adaptive_conv import AdaptiveConv
+from pacswap.nn.kernel import KernelOptions
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
-class PacConv2d(Adaptive, nn.Conv2d):
+class PacConv2d(AdaptiveConv, nn.Conv2d):
     """Pixel-adaptive convolution (Su et al., CVPR 2019): y_p = b + Σ_q K_a(f_p, f_q)·W[p−q]·v_q.
 
     K_a = 1 + blend·(K − 1): with `blend` = 1, the default here, the layer is the paper's; with 0,
@@ -57,8 +57,6 @@ class PacConv2d(Adaptive, nn.Conv2d):
         >>> layer(torch.rand(1, 8, 32, 32), torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 16, 32, 32])
     """
-
-    _variant = Variant()  # another one in the classes that `adaptive_class` makes
 
     def __init__(
         self,
@@ -99,9 +97,7 @@ class PacConv2d(Adaptive, nn.Conv2d):
         self.shared_filters = shared_filters
         if shared_filters:
             self.weight = nn.Parameter(self.weight.detach()[:1].clone())
-        name, made = type(self).__name__, {"device": device, "dtype": dtype}
-        kernel = kernel_for(name, self.window, kernel_options, channels=in_channels, **made)
-        self._adapt(blend, kernel, self.weight)
+        self._start(blend, kernel_options)
 
     @property
     def window(self) -> Window:
@@ -123,14 +119,12 @@ class PacConv2d(Adaptive, nn.Conv2d):
         """
         if self.shared_filters:
             return self.weight.expand(self.in_channels, -1, -1, -1)
-        made = self._variant.weight
-        return self.weight if made is None else made(self)
+        return super().filters
 
     def _convolved(self, input: Tensor) -> Tensor:
-        """What the layer was before, to the last bit."""
         if self.shared_filters:
             return self._conv_forward(input, self.filters, self.bias)
-        return super().forward(input)  # of the class that it was made from
+        return super()._convolved(input)
 
     @overload
     def forward(
@@ -173,23 +167,7 @@ class PacConv2d(Adaptive, nn.Conv2d):
             return made.squeeze(0) if mask is None else tuple(t.squeeze(0) for t in made)
         if mask is not None:
             return self._masked(input, guidance, kernel, mask)
-        if not self.enabled:
-            return self._convolved(input)
-        kernel = self._kernel(guidance, kernel, like=input)
-        blended = ops.blended(kernel, self.blend).to(input.dtype)
-        if not self._is_plain():
-            return self._pac(input, blended)
-        output = self._convolved(input)
-        if not (torch.is_grad_enabled() and blended.requires_grad):
-            return output
-        return ops.attach_kernel_gradient(
-            output, input, blended, self.filters, window=self.window, groups=self.groups
-        )
-
-    def _pac(self, input: Tensor, kernel: Tensor) -> Tensor:
-        return ops.convolve(
-            input, kernel, self.filters, self.bias, self.window, self.groups, "auto"
-        )
+        return super().forward(input, guidance, kernel=kernel)
 
     def _masked(
         self, input: Tensor, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor
@@ -206,45 +184,24 @@ class PacConv2d(Adaptive, nn.Conv2d):
             blended = self._toward(blended.expand_as(made), made)
         seen = valid.any(2)
         # What is not valid may be anything, NaN too.
-        output = self._pac(input.masked_fill(mask <= 0, 0), blended)
+        filled = input.masked_fill(mask <= 0, 0)
+        output = ops.convolve(
+            filled, blended, self.filters, self.bias, self.window, self.groups, "auto"
+        )
         return output * seen, seen.to(input.dtype)
 
     @classmethod
     def from_conv(
         cls,
-        conv: nn.Conv2d,
+        conv: _ConvNd,
         *,
         blend: float = 0.0,
         own_kernel: bool = True,
         **kernel_options: Unpack[KernelOptions],
-    ) -> PacConv2d:
-        """The pixel-adaptive layer with a convolution's weights; `blend` starts at 0.
-
-        The parameters are the convolution's own objects, not copies; mode, device, dtype and
-        attributes are kept. The layer is of the convolution's class too (`StdConv2d`, say).
-
-        Args:
-            conv: a `torch.nn.Conv2d`, or a subclass that `why_not_adapt` knows.
-            blend: where the learnable blend starts.
-            own_kernel: False for a layer that is always called with `kernel=`.
-            **kernel_options: as for the class.
-
-        Raises:
-            ShapeError: the convolution's class computes something else than a convolution.
-        """
-        refusal = why_not_adapt(type(conv))
-        if refusal is not None:
-            raise ShapeError(f"{refusal}.")
-        layer = alike(conv, adaptive_class(cls, type(conv)))
+    ) -> Self:
+        """As `AdaptiveConv.from_conv`."""
+        layer = super().from_conv(conv, blend=blend, own_kernel=own_kernel, **kernel_options)
         layer.shared_filters = False
-        kernel = None
-        if own_kernel:
-            made = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-            channels = conv.in_channels
-            kernel = kernel_for(
-                cls.__name__, layer.window, kernel_options, channels=channels, **made
-            )
-        layer._adapt(blend, kernel, conv.weight)
         return layer
 
     def to_conv(self) -> nn.Conv2d:
@@ -252,41 +209,7 @@ class PacConv2d(Adaptive, nn.Conv2d):
 
         The parameters are the layer's own objects, but for a shared filter, which is repeated.
         """
-        conv = alike(self, plain_class(type(self)), without=ADDED)
+        conv = super().to_conv()
         if self.shared_filters:
             conv.weight = nn.Parameter(self.filters.detach().clone(), self.weight.requires_grad)
-            conv.groups = self.groups
         return conv
-
-
-def adaptive_class(layer: type[PacConv2d], plain: type[nn.Module]) -> type[Any]:
-    """`layer` for convolutions of class `plain`: a subclass of both; the same one each time.
-
-    >>> class Mine(nn.Conv2d):
-    ...     pass
-    >>> issubclass(adaptive_class(PacConv2d, Mine), Mine)
-    True
-    """
-    if plain is plain_class(layer):
-        return layer
-    if (layer, plain) not in _classes:
-        namespace = {"__module__": __name__, "__doc__": layer.__doc__}
-        namespace["_variant"] = variant_of(plain)
-        bases = (layer, plain)
-        name = f"Pac{plain.__name__}"
-        _classes[layer, plain] = made_class(name, bases, namespace, adaptive_class, *bases)
-    return _classes[layer, plain]
-
-
-_classes: dict[tuple[type, type], type[Any]] = {}
-
-
-def why_not_adapt(plain: type[nn.Module]) -> str | None:
-    """Why convolutions of this class have no pixel-adaptive twin, or None."""
-    if variant_of(plain) is not None:
-        return None
-    return (
-        f"{plain.__name__} has a forward of its own, and what it computes would be lost. Known are "
-        "torch.nn.Conv1d, Conv2d and Conv3d, their subclasses that leave forward alone, and timm's "
-        "Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame"
-    )

@@ -11,7 +11,6 @@ from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
 from pacswap.nn.adaptive import Adaptive
 from pacswap.nn.blur import reduced, restored
-from pacswap.nn.guidance import size_of
 from pacswap.nn.kernel import KernelOptions, kernel_for
 from pacswap.ops.window import Size2
 
@@ -117,7 +116,8 @@ class PacFilter2d(Adaptive, nn.Module):
                 input = self._toward(input, self._adapted(input, kernel, weight))
             return input
         small = reduced(input, self.blur)
-        change = restored(self._change(small, kernel), self.blur, size_of(input))
+        size = (input.shape[-2], input.shape[-1])
+        change = restored(self._change(small, kernel), self.blur, size)
         return self._toward(input, input + change) if self._is_plain() else input + change
 
     def _change(self, small: Tensor, kernel: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
+from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window
 from pacswap.ops.kernel import check_options
-from pacswap.ops.window import Padding, Size2, Window, as_window
+from pacswap.ops.window import Padding, Size2
 
 SMOOTHINGS = ("none", "gaussian", "box", "learned")
 
@@ -45,7 +46,8 @@ class AdaptingKernel(nn.Module):
     `smoothing_filter` where the smoothing is learned. The constant form has nothing to learn.
 
     Args:
-        kernel_size: KH, KW, or a `Window`, which has the next four options too.
+        kernel_size: KH, KW; (K,) of a sequence or (KT, KH, KW) of a volume; or a window, which
+            has the next four options too.
         stride: as in `torch.nn.Conv2d`, like the next three.
         padding: pixels, `"same"` or `"valid"`.
         dilation: pixels between taps.
@@ -55,7 +57,7 @@ class AdaptingKernel(nn.Module):
         lambd: where λ of the inverse form starts.
         asymmetric: in the inverse form, only what exceeds the centre counts.
         smoothing: of the centre's features: `"none"`, `"gaussian"` (¼ ½ ¼), `"box"`, or `"learned"`
-            (starts as a box).
+            (starts as a box). Not of a volume.
         smoothing_size: side of the box or of the learned filter; odd.
         channel_wise: a kernel for each channel of the guidance instead of one for all.
         channels: D; with `channel_wise` and the inverse form, α and λ are then [D].
@@ -75,6 +77,7 @@ class AdaptingKernel(nn.Module):
         torch.Size([1, 1, 9, 8, 8])
     """
 
+    window: Any  # one of ops.AnyWindow; which one, its owner knows
     log_bandwidth: Tensor
     alpha: Tensor
     lambd: Tensor
@@ -82,7 +85,7 @@ class AdaptingKernel(nn.Module):
 
     def __init__(
         self,
-        kernel_size: Size2 | Window,
+        kernel_size: Size2 | AnyWindow,
         *,
         stride: Size2 = 1,
         padding: Padding = 0,
@@ -114,7 +117,7 @@ class AdaptingKernel(nn.Module):
             lambd=lambd,
             asymmetric=asymmetric,
         )
-        self.window = as_window(
+        self.window = any_window(
             kernel_size,
             stride=stride,
             padding=padding,
@@ -147,11 +150,15 @@ class AdaptingKernel(nn.Module):
             raise ShapeError(
                 f"smoothing={smoothing!r} is unknown. {nearest_hint(smoothing, SMOOTHINGS)}"
             )
+        if smoothing != "none" and isinstance(self.window, VolumeWindow):
+            raise ShapeError(f"smoothing of a volume's centre is not known, got {smoothing!r}.")
         self.smoothing = smoothing
         filter = None
         if smoothing != "none" and self.form != "constant":
             kind: Literal["gaussian", "box"] = "gaussian" if smoothing == "gaussian" else "box"
             filter = ops.smoothing_filter(kind, size)
+            if isinstance(self.window, SequenceWindow):
+                filter = filter.sum(0)
             filter = filter.to(device=device, dtype=dtype or torch.get_default_dtype())
         if smoothing == "learned" and filter is not None:
             self.smoothing_filter = nn.Parameter(filter)
@@ -173,7 +180,8 @@ class AdaptingKernel(nn.Module):
         """The adapting kernel of a guidance.
 
         Args:
-            guidance: f, [B, D, H, W].
+            guidance: f, [B, D, H, W]; [B, D, L] or [B, D, T, H, W] where the window is of a
+                sequence or a volume.
             mask: as in `ops.adapting_kernel`, above 0 where the input is valid.
 
         Returns:
@@ -206,6 +214,34 @@ class AdaptingKernel(nn.Module):
             **numbers,
         )
 
+    def distances(self, guidance: Tensor) -> Tensor:
+        """How far each tap's features are from the centre's: what the bandwidth divides.
+
+        Taps outside the guidance are left out where it is large enough for that.
+
+        Args:
+            guidance: f, as in `forward`.
+
+        Returns:
+            d² (d₁ in the laplacian form), [B, 1 or D, KH*KW, H_out, W_out], in float32 or better;
+            standardised and averaged as the kernel is.
+        """
+        features = guidance.to(ops.compute_dtype(guidance.dtype))
+        if self.standardize:
+            features = ops.standardized(features)
+        window = self.window
+        reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True)]
+        fits = all(side > r for side, r in zip(features.shape[2:], reach, strict=True))
+        distances = ops.tap_distance(
+            features,
+            window.unpadded if fits else window,
+            measure="absolute" if self.form == "laplacian" else "square",
+            channel_wise=self.channel_wise,
+            smoothing=self.smoothing_filter,
+        )
+        averaged = self.distance == "mean" and not self.channel_wise
+        return distances / features.shape[1] if averaged else distances
+
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         geometry = ("kernel_size", "stride", "pad", "dilation", "padding_mode")
@@ -229,7 +265,7 @@ def is_external(options: KernelOptions, layer: str) -> bool:
 
 
 def kernel_for(
-    layer: str, window: Window, options: KernelOptions, **made: Any
+    layer: str, window: AnyWindow, options: KernelOptions, **made: Any
 ) -> AdaptingKernel | None:
     """The adapting kernel of a layer with these options; None in the external form.
 

@@ -32,7 +32,8 @@ def made_class(
         *args: of `maker`.
     """
     own = {"__reduce_ex__": _reduce_ex, _MAKER: (maker, args)}
-    return type(name, bases, {**namespace, **own})
+    made: type[Any] = type(name, bases, {**namespace, **own})
+    return made
 
 
 def alike(module: nn.Module, cls: type[Any], *, without: Collection[str] = ()) -> Any:
@@ -43,7 +44,7 @@ def alike(module: nn.Module, cls: type[Any], *, without: Collection[str] = ()) -
         cls: the class of the new one, whose `__init__` is not run.
         without: attributes, parameters and submodules to leave behind.
     """
-    new = cls.__new__(cls)
+    new: Any = object.__new__(cls)
     for key, value in vars(module).items():
         if key in without:
             continue

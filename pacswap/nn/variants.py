@@ -34,9 +34,7 @@ class Variant:
 def _standardized(conv: Any, scale: Tensor | None = None) -> Tensor:
     """Each filter with mean 0 and variance 1 (Qiao et al., arXiv 1903.10520), times `scale`."""
     flat = conv.weight.reshape(1, conv.weight.shape[0], -1)
-    made = F.batch_norm(
-        flat, None, None, weight=scale, training=True, momentum=0.0, eps=conv.eps
-    )
+    made = F.batch_norm(flat, None, None, weight=scale, training=True, momentum=0.0, eps=conv.eps)
     return made.reshape_as(conv.weight)
 
 

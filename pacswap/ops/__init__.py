@@ -1,7 +1,20 @@
 """The mathematics on tensors: one public function per operation, several backends behind it."""
 
 from pacswap.ops.backends import explain
-from pacswap.ops.conv import attach_kernel_gradient, convolve, pac_conv2d
+from pacswap.ops.conv import (
+    attach_kernel_gradient,
+    convolve,
+    pac_conv1d,
+    pac_conv2d,
+    pac_conv3d,
+)
+from pacswap.ops.dimensions import (
+    AnyWindow,
+    SequenceWindow,
+    VolumeWindow,
+    make_sequence_window,
+    make_volume_window,
+)
 from pacswap.ops.kernel import (
     adapting_kernel,
     blended,
@@ -23,6 +36,9 @@ from pacswap.ops.transpose import (
 from pacswap.ops.window import Window, make_window
 
 __all__ = [
+    "AnyWindow",
+    "SequenceWindow",
+    "VolumeWindow",
     "Window",
     "adapting_kernel",
     "attach_kernel_gradient",
@@ -33,10 +49,14 @@ __all__ = [
     "guidance_window",
     "insert_zeros",
     "inserted_mask",
+    "make_sequence_window",
+    "make_volume_window",
     "make_window",
     "masked",
     "output_mask",
+    "pac_conv1d",
     "pac_conv2d",
+    "pac_conv3d",
     "pac_conv_transpose2d",
     "pac_pool2d",
     "smoothing_filter",

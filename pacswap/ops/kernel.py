@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pacswap.errors import ShapeError, nearest_hint
+from pacswap.ops import volume
 from pacswap.ops.backends import Backend, choose
-from pacswap.ops.mask import masked, valid_taps
+from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window, axes_of
+from pacswap.ops.mask import masked
 from pacswap.ops.measure import Measure
+from pacswap.ops.normalize import Counted, counted_taps, normalized, valid_of
 from pacswap.ops.precision import check_floating, compute_dtype
 from pacswap.ops.smoothing import smoothed_centre
-from pacswap.ops.window import Padding, Size2, Window, as_window
+from pacswap.ops.window import Padding, Size2, Window
 
 FORMS = ("gaussian", "laplacian", "inverse", "constant")
 NORMALIZATIONS = ("none", "sum", "mean")
@@ -23,7 +26,7 @@ DISTANCES = ("sum", "mean")
 
 def adapting_kernel(
     guidance: Tensor,
-    kernel_size: Size2 | Window,
+    kernel_size: Size2 | AnyWindow,
     *,
     stride: Size2 = 1,
     padding: Padding = 0,
@@ -55,9 +58,10 @@ def adapting_kernel(
     N, then the blend, 1 + blend · (N(K) − 1), then the mask. See docs/math.md.
 
     Args:
-        guidance: f, [B, D, H, W], float. Computed in float32 or better.
-        kernel_size: KH, KW; the centre of an even side is the earlier of its two middle taps. Or a
-            `Window`, which has the next four options too.
+        guidance: f, [B, D, H, W], float. Computed in float32 or better. Also a volume,
+            [B, D, T, H, W], or, with `kernel_size=(K,)`, a sequence, [B, D, L].
+        kernel_size: KH, KW; the centre of an even side is the earlier of its two middle taps.
+            KT, KH, KW of a volume. Or a window, which has the next four options too.
         stride: as in `torch.nn.Conv2d`, like the next three.
         padding: pixels, `"same"` or `"valid"`; zero padding pads the guidance with zeros too.
         dilation: pixels between taps.
@@ -67,12 +71,13 @@ def adapting_kernel(
         lambd: λ of the inverse form, likewise.
         asymmetric: in the inverse form, only what exceeds the centre counts: relu(f_q − f_p).
         smoothing: a filter [kh, kw] of odd sides (`smoothing_filter` makes one) by which f_p is
-            smoothed first; the features at the taps stay as they are.
+            smoothed first; the features at the taps stay as they are. [k] of a sequence; not of
+            a volume.
         channel_wise: a kernel for each channel of the guidance instead of one for all.
         mask: [B, 1, H, W], above 0 where the input is valid, or [B, 1, KH*KW, H_out, W_out], above
             0 at the taps that count. Invalid taps get 0, and without normalisation the others are
             multiplied by (taps inside)/(valid taps). Taps that are given themselves also stand for
-            KH·KW in `normalize="mean"`.
+            KH·KW in `normalize="mean"`. Of a sequence without the H; not of a volume.
         distance: `"sum"` over channels (the paper's) or `"mean"`.
         bandwidth: width of the kernel, in units of the guidance; a positive number or scalar
             tensor.
@@ -85,7 +90,8 @@ def adapting_kernel(
 
     Returns:
         K, [B, 1, KH*KW, H_out, W_out] (D instead of 1 with `channel_wise`), the dtype of
-        `guidance`.
+        `guidance`. [B, 1, K, L_out] of a sequence, [B, 1, KT*KH*KW, T_out, H_out, W_out] of a
+        volume.
 
     Raises:
         ShapeError: an option is out of range or a tensor has the wrong shape or dtype.
@@ -95,8 +101,13 @@ def adapting_kernel(
         >>> adapting_kernel(torch.ones(1, 4, 8, 8), 3, padding=1).shape
         torch.Size([1, 1, 9, 8, 8])
     """
-    window = as_window(
-        kernel_size, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
+    window = any_window(
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        padding_mode=padding_mode,
+        axes=_axes(guidance, kernel_size),
     )
     check_options(
         form=form,
@@ -107,74 +118,27 @@ def adapting_kernel(
         lambd=lambd,
         asymmetric=asymmetric,
     )
-    _check_tensors(guidance, smoothing, alpha, lambd, channel_wise)
+    _check_tensors(guidance, window, smoothing, alpha, lambd, channel_wise)
     _check_scalars(bandwidth=bandwidth, blend=blend)
-    if mask is not None:
-        _check_mask(mask, guidance, window)
+    _check_mask(mask, guidance, window)
     features = guidance.to(compute_dtype(guidance.dtype))
-    if standardize:
-        features = standardized(features)
-    size = (guidance.shape[-2], guidance.shape[-1])
+    features = standardized(features) if standardize else features
+    features, plane, mask, smoothing = _as_image(features, window, mask, smoothing)
+    valid, taps = valid_of(mask, plane)
+    counted = counted_taps(normalize, plane, features.shape[2:], valid, guidance.device)
     if form == "constant":
-        kernel = _ones(features, window, channel_wise)
+        kernel = _ones(features, plane, channel_wise)
     else:
-        centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
         measure = _measure(form, asymmetric)
-        d = choose(backend).tap_distance(features, centre, window, measure, channel_wise)
-        if distance == "mean" and not channel_wise:
-            d = d / guidance.shape[1]
-        kernel = d
-    valid, taps = _valid(mask, window)
-    counted = _counted(normalize, window, size, valid, guidance.device)
-    if form != "constant":
-        kernel = _kernel_of(kernel, form, bandwidth, alpha, lambd, counted)
-    kernel = blended(_normalized(kernel, normalize, counted.seen, taps), blend)
+        d = _distance(features, plane, measure, channel_wise, smoothing, backend)
+        d = d / guidance.shape[1] if distance == "mean" and not channel_wise else d
+        kernel = _kernel_of(d, form, bandwidth, alpha, lambd, counted)
+    kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
-        kernel = masked(kernel, valid, normalize, window, size)
-    return kernel.to(guidance.dtype)
-
-
-def _valid(mask: Tensor | None, window: Window) -> tuple[Tensor | None, int | Tensor]:
-    """Which taps are valid, [B, 1, KH*KW, H_out, W_out], and how many a mean is to stand for."""
-    if mask is None:
-        return None, window.taps
-    if mask.dim() == 4:
-        return valid_taps(mask, window), window.taps
-    valid = mask > 0
-    return valid, valid.sum(2, keepdim=True)
-
-
-class _Counted(NamedTuple):
-    """Which taps a normalisation counts, [1 or B, 1, KH*KW, H_out, W_out].
-
-    Attributes:
-        divides: whether there is a normalisation.
-        seen: True where a tap counts at all; None for all.
-        as_one: True where it counts as 1, whatever the features; None for none.
-    """
-
-    divides: bool
-    seen: Tensor | None = None
-    as_one: Tensor | None = None
-
-
-def _counted(
-    normalize: str,
-    window: Window,
-    size: tuple[int, int],
-    valid: Tensor | None,
-    device: torch.device,
-) -> _Counted:
-    if normalize == "none":
-        return _Counted(False)
-    inside = window.inside(*size, device)
-    inside = None if inside is None else inside[:, None]
-    if normalize == "sum":
-        return _Counted(True, inside if valid is None else valid)
-    if inside is not None:
-        # A centre in the padding has no guidance to compare with: all its taps count as 1.
-        inside = inside & inside[:, :, window.centre : window.centre + 1]
-    return _Counted(True, valid, None if inside is None else ~inside)
+        assert isinstance(plane, Window)  # a mask of a volume is refused
+        kernel = masked(kernel, valid, normalize, plane, features.shape[2:])
+    kernel = kernel.to(guidance.dtype)
+    return kernel if plane is window else kernel.squeeze(-2)
 
 
 def _measure(form: str, asymmetric: bool) -> Measure:
@@ -183,10 +147,10 @@ def _measure(form: str, asymmetric: bool) -> Measure:
     return "asymmetric" if asymmetric else "square"
 
 
-def _ones(features: Tensor, window: Window, channel_wise: bool) -> Tensor:
+def _ones(features: Tensor, window: Window | VolumeWindow, channel_wise: bool) -> Tensor:
     """K ≡ 1, [B, 1 or D, KH*KW, H_out, W_out]."""
-    B, D, H, W = features.shape
-    return features.new_ones(B, D if channel_wise else 1, window.taps, *window.output_size(H, W))
+    B, D, *size = features.shape
+    return features.new_ones(B, D if channel_wise else 1, window.taps, *window.output_size(*size))
 
 
 def _kernel_of(
@@ -195,7 +159,7 @@ def _kernel_of(
     bandwidth: float | Tensor,
     alpha: float | Tensor,
     lambd: float | Tensor,
-    counted: _Counted,
+    counted: Counted,
 ) -> Tensor:
     """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out].
 
@@ -208,7 +172,8 @@ def _kernel_of(
         for value in (bandwidth, alpha, lambd)
     )
     if form == "inverse":
-        kernel = _of_channels(alpha) + (d / width**2 + 1e-4) ** (0.5 * _of_channels(lambd))
+        alpha, lambd = _of_channels(alpha, d), _of_channels(lambd, d)
+        kernel = alpha + (d / width**2 + 1e-4) ** (0.5 * lambd)
         return kernel if counted.as_one is None else torch.where(counted.as_one, 1.0, kernel)
     exponent = -d / width if form == "laplacian" else -0.5 * d / width**2
     if not counted.divides:
@@ -221,14 +186,16 @@ def _kernel_of(
     return torch.exp(exponent - torch.where(largest > -math.inf, largest, 0.0))
 
 
-def _of_channels(value: float | Tensor) -> float | Tensor:
-    """A number for each channel, ready to meet [B, D, KH*KW, H_out, W_out]."""
-    return value[:, None, None, None] if isinstance(value, Tensor) and value.dim() == 1 else value
+def _of_channels(value: float | Tensor, d: Tensor) -> float | Tensor:
+    """A number for each channel, ready to meet d, [B, D, KH*KW, H_out, W_out]."""
+    if not isinstance(value, Tensor) or value.dim() != 1:
+        return value
+    return value.view(-1, *[1] * (d.dim() - 2))
 
 
 def tap_distance(
     guidance: Tensor,
-    window: Window,
+    window: AnyWindow,
     *,
     measure: Measure = "square",
     channel_wise: bool = False,
@@ -238,7 +205,7 @@ def tap_distance(
     """How far each tap's features are from the centre's, Σ φ(f_q − f_p) over channels.
 
     Args:
-        guidance: f, [B, D, H, W].
+        guidance: f, [B, D, H, W]; [B, D, L] or [B, D, T, H, W], as the window is.
         window: the geometry.
         measure: φ, `"square"`, `"absolute"` or `"asymmetric"` (the square of what is above 0).
         channel_wise: leave the channels apart.
@@ -248,8 +215,25 @@ def tap_distance(
     Returns:
         [B, 1 or D, KH*KW, H_out, W_out].
     """
-    centre = None if smoothing is None else smoothed_centre(guidance, smoothing, window)
-    return choose(backend).tap_distance(guidance, centre, window, measure, channel_wise)
+    features, plane, _, smoothing = _as_image(guidance, window, None, smoothing)
+    made = _distance(features, plane, measure, channel_wise, smoothing, backend)
+    return made if plane is window else made.squeeze(-2)
+
+
+def _distance(
+    features: Tensor,
+    window: Window | VolumeWindow,
+    measure: Measure,
+    channel_wise: bool,
+    smoothing: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """`tap_distance` of an image or a volume."""
+    module = choose(backend)
+    if isinstance(window, VolumeWindow):
+        return volume.tap_distance(module, features, window, measure, channel_wise)
+    centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
+    return module.tap_distance(features, centre, window, measure, channel_wise)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:
@@ -278,33 +262,17 @@ def standardized(features: Tensor) -> Tensor:
     """Each channel of each image with mean 0 and variance 1; a constant channel becomes 0.
 
     Args:
-        features: [B, D, H, W].
+        features: [B, D, H, W], [B, D, L] or [B, D, T, H, W].
 
     Returns:
-        [B, D, H, W].
+        Their shape.
     """
-    mean = features.mean((-2, -1), keepdim=True)
+    places = tuple(range(2, features.dim()))
+    mean = features.mean(places, keepdim=True)
     centred = features - mean
-    variance = centred.square().mean((-2, -1), keepdim=True)
+    variance = centred.square().mean(places, keepdim=True)
     # Relative to the mean, so that the rounding noise of a constant channel is not blown up to 1.
     return centred * torch.rsqrt(variance + 1e-6 * mean.square() + 1e-12)
-
-
-def _normalized(kernel: Tensor, normalize: str, seen: Tensor | None, taps: int | Tensor) -> Tensor:
-    """N(K), [B, 1 or D, KH*KW, H_out, W_out]."""
-    if normalize == "none":
-        return kernel
-    if seen is not None:
-        kernel = torch.where(seen, kernel, 0.0)
-    if normalize == "mean":
-        # In this order: torch computes taps / ΣK as taps · (1/ΣK), which is not 1 for 49 / 49.
-        return kernel * taps / _or_one(kernel.sum(2, keepdim=True))
-    return kernel / _or_one(kernel.sum(2, keepdim=True))
-
-
-def _or_one(total: Tensor) -> Tensor:
-    """A sum to divide by; a window that sees nothing gives 0, not 0/0."""
-    return torch.where(total == 0, 1.0, total)
 
 
 def check_options(
@@ -339,19 +307,44 @@ def check_options(
         raise ShapeError(f"asymmetric belongs to form='inverse', got form={form!r}.")
 
 
+def _axes(guidance: Tensor, kernel_size: Size2 | AnyWindow) -> int:
+    """How many axes a window of that size has: a map without a batch is no sequence."""
+    is_line = isinstance(kernel_size, tuple | list) and len(kernel_size) == 1
+    return {3: 1 if is_line else 2, 5: 3}.get(guidance.dim(), 2)
+
+
+def _as_image(
+    features: Tensor, window: AnyWindow, mask: Tensor | None, smoothing: Tensor | None
+) -> tuple[Tensor, Window | VolumeWindow, Tensor | None, Tensor | None]:
+    """A sequence and what belongs to it as an image of height 1 has them; others as they are."""
+    if not isinstance(window, SequenceWindow):
+        return features, window, mask, smoothing
+    mask = None if mask is None else mask.unsqueeze(-2)
+    smoothing = None if smoothing is None else smoothing.unsqueeze(-2)
+    return features.unsqueeze(-2), window.row, mask, smoothing
+
+
 def _check_tensors(
     guidance: Tensor,
+    window: AnyWindow,
     smoothing: Tensor | None,
     alpha: float | Tensor,
     lambd: float | Tensor,
     channel_wise: bool,
 ) -> None:
-    if guidance.dim() != 4:
-        raise ShapeError(f"guidance must be [B, D, H, W], got {list(guidance.shape)}.")
+    axes = axes_of(window)
+    if guidance.dim() != 2 + len(axes):
+        raise ShapeError(f"guidance must be [B, D, {', '.join(axes)}], got {list(guidance.shape)}.")
     check_floating(guidance=guidance)
     D = guidance.shape[1]
-    if smoothing is not None and (smoothing.dim() != 2 or any(k % 2 == 0 for k in smoothing.shape)):
-        raise ShapeError(f"smoothing must be [kh, kw] of odd sides, got {list(smoothing.shape)}.")
+    if smoothing is not None:
+        sides = {1: "[k]", 2: "[kh, kw]"}.get(len(axes))
+        if sides is None:
+            raise ShapeError("smoothing of a volume's centre is not known. Leave smoothing out.")
+        if smoothing.dim() != len(axes) or any(k % 2 == 0 for k in smoothing.shape):
+            raise ShapeError(
+                f"smoothing must be {sides} of odd sides, got {list(smoothing.shape)}."
+            )
     for name, value in (("alpha", alpha), ("lambd", lambd)):
         shape = list(value.shape) if isinstance(value, Tensor) else []
         if shape and not (channel_wise and shape == [D]):
@@ -367,14 +360,23 @@ def _check_scalars(**numbers: float | Tensor) -> None:
             raise ShapeError(f"{name} must be a number or a scalar, got {list(value.shape)}.")
 
 
-def _check_mask(mask: Tensor, guidance: Tensor, window: Window) -> None:
+def _check_mask(mask: Tensor | None, guidance: Tensor, window: AnyWindow) -> None:
     """Raise unless the mask is one of the guidance's pixels or of the window's taps."""
-    B, _, H, W = guidance.shape
-    pixels = (1, H, W)
-    taps = (1, window.taps, *window.output_size(H, W))
-    if mask.dim() in (4, 5) and mask.shape[0] in (1, B) and mask.shape[1:] in (pixels, taps):
+    if mask is None:
         return
+    if isinstance(window, VolumeWindow):
+        raise ShapeError("a mask of a volume is not known. Leave mask out.")
+    B, _, *size = guidance.shape
+    pixels = (1, *size)
+    taps = (1, window.taps, *window.output_size(*size))
+    known = mask.dim() in (len(pixels) + 1, len(taps) + 1)
+    if known and mask.shape[0] in (1, B) and mask.shape[1:] in (pixels, taps):
+        return
+    places, outputs, each = {
+        1: ("L", "L_out", "K"),
+        2: ("H, W", "H_out, W_out", "KH*KW"),
+    }[len(size)]
     raise ShapeError(
-        f"mask must be [B, 1, H, W] = {[B, *pixels]} or [B, 1, KH*KW, H_out, W_out] = "
+        f"mask must be [B, 1, {places}] = {[B, *pixels]} or [B, 1, {each}, {outputs}] = "
         f"{[B, *taps]}, got {list(mask.shape)}."
     )

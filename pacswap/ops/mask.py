@@ -45,7 +45,7 @@ def valid_taps(mask: Tensor, window: Window) -> Tensor:
 
 
 def masked(
-    kernel: Tensor, valid: Tensor, normalize: str, window: Window, size: tuple[int, int]
+    kernel: Tensor, valid: Tensor, normalize: str, window: Window, size: tuple[int, ...]
 ) -> Tensor:
     """0 at invalid taps; without normalisation the valid ones stand in for them.
 
@@ -63,7 +63,7 @@ def masked(
     kernel = torch.where(valid, kernel, 0.0)
     if normalize != "none":
         return kernel
-    inside = window.inside(*size, kernel.device)
+    inside = window.inside(size[0], size[1], kernel.device)
     total = window.taps if inside is None else inside.sum(1, keepdim=True)[:, None]
     # In the kernel's precision: a quotient of integers would be float32.
     counted = valid.sum(2, keepdim=True).clamp(min=1).to(kernel.dtype)

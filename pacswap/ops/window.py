@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,7 @@ class Window:
     def _same_border(self, axis: int, side: int) -> tuple[int, int]:
         """(before, after) of one axis under `same`."""
         step, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1)
+        total: Any
         if step == 1:
             total = reach  # whatever the side: nothing for a compiler to guard
         else:

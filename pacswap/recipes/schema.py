@@ -66,14 +66,15 @@ class ModelSection(Section):
     )
     input_size: (
         Annotated[
-            tuple[Positive, Positive, Positive],
+            tuple[Positive, ...],
             Strict(False),
-            exactly(3, "three whole numbers (channels, height, width)"),
+            exactly((3, 4), "three whole numbers (channels, height, width)"),
         ]
         | None
     ) = Field(
         default=None,
-        description="Channels, height and width of an example input; null is the library's own.",
+        description="Channels, height and width of an example input (of a clip, with the frames "
+        "before the height); null is the library's own.",
     )
 
     @property

@@ -215,11 +215,12 @@ def check_pattern(text: str) -> str:
     return text
 
 
-def exactly(count: int, what: str) -> BeforeValidator:
+def exactly(count: int | tuple[int, ...], what: str) -> BeforeValidator:
     """Refuse a list of another length in one sentence instead of one per entry."""
+    counts = (count,) if isinstance(count, int) else count
 
     def check(value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != count:
+        if not isinstance(value, list | tuple) or len(value) not in counts:
             have = f"{len(value)} of them" if isinstance(value, list | tuple) else got(value)
             raise wrong(f"expected a list of {what}, got {have}.")
         return value

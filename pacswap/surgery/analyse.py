@@ -193,7 +193,7 @@ class _Analysis:
             own = [claim for claim in claims if claim.group == index]
             if own:
                 finder.add(index, group, [claim.name for claim in own])
-        found = []
+        found: list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]] = []
         for traced in finder.traced():
             members = [claim for claim in claims if claim.group in traced.groups]
             graph = self._graph(traced, members)
@@ -243,8 +243,10 @@ class _Analysis:
                 self._fault(fault, group_of.get(layer or "", traced.groups[0]), "layers")
             return None
         passes = [self.seen]
-        with suppress(PlanError):  # train mode may want more than the example input: targets, say
-            passes.append(self.train_observation())
+        one_graph = traced.scope.train is not None and traced.scope.evaluate is None
+        if alone or not one_graph:  # else both modes run the same modules in the same order
+            with suppress(PlanError):  # train mode may want more than the example: targets, say
+                passes.append(self.train_observation())
         probe = RelayProbe(self.model, entry, passes)
         faults = probe.faults(requests)
         for _, group, field, fault in faults if alone else ():
@@ -294,7 +296,7 @@ class _Analysis:
         )
         return Plan(
             model=type(self.model).__name__,
-            input_shape=(1, *first.shape[1:]),
+            input_shape=(1, *(first.shape if first.dim() == 3 else first.shape[1:])),
             groups=self.groups,
             scopes=tuple(scope for scope, _, _ in scopes),
             guidances=tuple(builder.guidances),

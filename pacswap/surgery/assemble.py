@@ -12,15 +12,16 @@ from pacswap.nn import Adaptive, PacCRF, PacFilter2d
 from pacswap.surgery.cost import layer_macs, layer_numbers
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
+from pacswap.surgery.relaying import RelayProbe
 from pacswap.surgery.runtime import blurred_size
 from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
 from pacswap.surgery.targets import Target, in_words, is_inserted
 from pacswap.surgery.trace import LABEL
-from pacswap.surgery.relaying import RelayProbe
 from pacswap.surgery.wiring import Probe
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MAPS = {1: "sequences [B, C, L]", 2: "maps [B, C, H, W]", 3: "clips [B, C, T, H, W]"}
 _PREFIX = {"upsample": "guided", "append": "crf"}
 
 
@@ -63,13 +64,15 @@ class Assembly:
         inserted = is_inserted(group.operation, target)
         place = self._new_place(group, scope, claim.name) if inserted else claim.name
         guidance = self._guidance(index, scope, probe, claim, place)
-        channels, height, width = probe.feature_map(claim.name, inserted=inserted)
+        axes = target.axes
+        channels, *seen = probe.feature_map(claim.name, inserted=inserted, axes=axes)
         at_end = at_output(group, target)
-        size = probe.output_size(claim.name) if at_end else (height, width)
+        size = probe.output_size(claim.name) if at_end else tuple(seen)
         old = None if inserted else target.module
         twin = None if old is None else skeleton(old)
         module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
-        filtered = {channels} if inserted else probe.channels(claim.name)
+        filtered = {channels} if inserted else probe.channels(claim.name, axes)
+        self._check_axes(claim, guidance, axes)
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
         if isinstance(module, PacFilter2d):
@@ -101,7 +104,7 @@ class Assembly:
         place: str,
         guidance: int,
         module: Adaptive,
-        size: tuple[int, int],
+        size: tuple[int, ...],
     ) -> tuple[list[int], list[tuple[str, int]]]:
         """The indices of a layer's kernels, and the tensors that the layer adds."""
         assert isinstance(module, nn.Module)
@@ -171,6 +174,30 @@ class Assembly:
                         field,
                     )
                 )
+
+    def _check_axes(self, claim: Claim, guidance: int, axes: int) -> None:
+        """A sequence or a clip guides layers of as many axes; a map also sequences and clips."""
+        planned = self.guidances[guidance]
+        shape = next((s for s in planned.shapes if s is not None), None)
+        if shape is None or len(shape) - 2 == axes or axes == 1:
+            return
+        flat = getattr(claim.target.module, "kernel_size", (0,))[-1] == 1
+        if len(shape) == 4 and not flat:
+            return
+        why = f"the layer filters {_MAPS[axes]}"
+        if len(shape) == 4:
+            why = (
+                "a map is the same along the first axis, and the layer's window has a single tap "
+                "along the last"
+            )
+        self.faults.append(
+            (
+                f"cannot feed '{claim.name}' from '{planned.sources[0]}', which returns "
+                f"{list(shape)}: {why}. Name a guidance that returns what the layer filters.",
+                claim.group,
+                "guidance",
+            )
+        )
 
     def _check_channels(self, claim: Claim, group: Group, guidance: int, channels: int) -> None:
         """A kernel for each channel needs a guidance of as many."""

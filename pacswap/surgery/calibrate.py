@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pacswap import ops
 from pacswap.errors import PlanError
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance, PairwiseTerm, reduced
 from pacswap.surgery.modes import kept_modes, kept_random
@@ -153,27 +152,8 @@ def _median_distance(kernel: AdaptingKernel, guidance: Tensor) -> float:
 
     Their mean where most of them are 0.
     """
-    window = kernel.window
-    features = guidance.to(ops.compute_dtype(guidance.dtype))
-    if kernel.standardize:
-        features = ops.standardized(features)
-    distances = ops.tap_distance(
-        features,
-        _inner(window, features),
-        measure="absolute" if kernel.form == "laplacian" else "square",
-        channel_wise=kernel.channel_wise,
-        smoothing=kernel.smoothing_filter,
-    )
-    if kernel.distance == "mean" and not kernel.channel_wise:
-        distances = distances / features.shape[1]
+    window, distances = kernel.window, kernel.distances(guidance)
     off_centre = [t for t in range(window.taps) if t != window.centre]
     distances = distances[:, :, off_centre]
     median = distances.median().item()
     return median if median > 0 else distances.mean().item()
-
-
-def _inner(window: ops.Window, features: Tensor) -> ops.Window:
-    """The window without padding, whose taps see no image, if the image is large enough."""
-    reach = [d * (k - 1) for d, k in zip(window.dilation, window.kernel_size, strict=True)]
-    fits = features.shape[-2] > reach[0] and features.shape[-1] > reach[1]
-    return window.unpadded if fits else window

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from pacswap.errors import quoted
 from pacswap.nn import Adaptive
-from pacswap.nn.conv import why_not_adapt
+from pacswap.nn.adaptive_conv import why_not_adapt
 from pacswap.nn.variants import variant_of
 
 # Wrappers by class name: importing FSDP for an isinstance check costs a second.
@@ -62,9 +62,10 @@ def why_not_conv(conv: _ConvNd) -> str | None:
     """Why this convolution cannot become a pixel-adaptive one, or None."""
     kind = type(conv).__name__
     if isinstance(conv, nn.modules.conv._ConvTransposeNd):
-        return f"it is a {kind}; only Conv2d layers can be swapped"
-    if not isinstance(conv, nn.Conv2d):
-        return f"it is a {kind}; pixel-adaptive convolution is two-dimensional"
+        return (
+            f"it is a {kind}, which enlarges. Name it in an upsampling: operation='upsample', or "
+            "upsample: in a recipe"
+        )
     reason = _why_not_own(conv)
     if reason is not None:
         return reason
@@ -78,7 +79,8 @@ def why_not_conv(conv: _ConvNd) -> str | None:
         return reason
     if max(conv.kernel_size) == 1:
         return (
-            "it is 1×1: a single tap has no neighbours to weigh. Name the spatial convolutions only"
+            f"it is {'×'.join('1' * len(conv.kernel_size))}: a single tap has no neighbours to "
+            "weigh. Name the spatial convolutions only"
         )
     return None
 

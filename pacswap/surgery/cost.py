@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacswap.nn import Adaptive, PacConv2d, PacConvTranspose2d, PacCRF, PacFilter2d, PacPool2d
+from pacswap.nn import Adaptive, PacConvTranspose2d, PacCRF, PacFilter2d, PacPool2d
+from pacswap.nn.adaptive_conv import AdaptiveConv
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer
 
 
@@ -61,23 +63,23 @@ def added_cost(
         parameters += channels * (guidance.in_channels or 0)
         for shape in guidance.shapes:
             if shape is not None:  # each map is projected at its own resolution
-                macs += channels * shape[1] * shape[2] * shape[3]
+                macs += channels * math.prod(shape[1:])
         if guidance.shapes[0] is not None:
-            numbers += channels * guidance.shapes[0][2] * guidance.shapes[0][3]
+            numbers += channels * math.prod(guidance.shapes[0][2:])
     for kernel in kernels:
         channels = guidances[kernel.guidance].channels or 0
-        out = kernel.output_size[0] * kernel.output_size[1]
+        out = math.prod(kernel.output_size)
         per_tap = channels if kernel.spec.channel_wise else 1
         if kernel.spec.form != "constant":
             macs += kernel.taps * channels * out
         numbers += kernel.taps * out * per_tap
-        numbers += channels * kernel.input_size[0] * kernel.input_size[1]
+        numbers += channels * math.prod(kernel.input_size)
     return parameters, macs, numbers * bytes_per_number
 
 
-def layer_numbers(module: Adaptive, channels: int, size: tuple[int, int]) -> int:
+def layer_numbers(module: Adaptive, channels: int, size: tuple[int, ...]) -> int:
     """Activations that an inserted layer keeps, beside its kernels'; none for a replaced one."""
-    pixels = channels * size[0] * size[1]
+    pixels = channels * math.prod(size)
     if isinstance(module, PacFilter2d):
         # What is adapted and what is given on, and the image that the change is added to.
         return (2 * module.steps + (module.blur**2 if module.blur > 1 else 0)) * pixels
@@ -86,22 +88,22 @@ def layer_numbers(module: Adaptive, channels: int, size: tuple[int, int]) -> int
     return 0
 
 
-def layer_macs(module: Adaptive, channels: int, size: tuple[int, int]) -> int:
+def layer_macs(module: Adaptive, channels: int, size: tuple[int, ...]) -> int:
     """Multiply-accumulates that a pixel-adaptive layer adds, beside its kernels'.
 
     Args:
         module: the layer.
         channels: C of what it filters.
-        size: (H, W) of its kernel.
+        size: of its kernel, (H, W) as a rule.
     """
-    pixels = size[0] * size[1]
+    pixels = math.prod(size)
     if isinstance(module, PacCRF):
         return module.macs(pixels)
     if isinstance(module, PacFilter2d):
         # K times the value, then the filter.
         per_tap = channels + (channels if module.weights == "filter" else channels**2)
         return module.steps * module.window.taps * per_tap * pixels
-    assert isinstance(module, PacConv2d | PacConvTranspose2d | PacPool2d)
+    assert isinstance(module, AdaptiveConv | PacConvTranspose2d | PacPool2d)
     taps = 1
     for side in module.adapting_kernel.window.kernel_size if module.adapting_kernel else ():
         taps *= side

@@ -76,8 +76,10 @@ def of_size(example: ExampleInput, size: tuple[int, ...]) -> ExampleInput:
     """
 
     def sized(image: Tensor) -> Tensor:
-        batch = tuple(image.shape[: image.dim() - len(size)])
-        return image.new_empty(*batch, *size) if is_image(image) else image
+        if not is_image(image):
+            return image
+        whole = size if image.dim() < 5 or len(size) == 4 else (size[0], image.shape[2], *size[1:])
+        return image.new_empty(*image.shape[: image.dim() - len(whole)], *whole)
 
     return pytree.tree_map_only(Tensor, sized, example)
 

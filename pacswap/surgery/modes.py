@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -32,6 +35,25 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in flagged:
             module.grad_checkpointing = True  # type: ignore[assignment]
+
+
+class QuickNorms(TorchFunctionMode):
+    """Batch norms of tensors on meta give an empty tensor at once.
+
+    Their decomposition in Python takes more time than all the rest of a network on meta.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, or say what a batch norm would return."""
+        kwargs = kwargs or {}
+        input = args[0] if args else kwargs.get("input")
+        if func is not F.batch_norm or not isinstance(input, Tensor) or not input.is_meta:
+            return func(*args, **kwargs)
+        if kwargs.get("training", args[5] if len(args) > 5 else False):
+            F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+        return torch.empty_like(input)
 
 
 @contextmanager

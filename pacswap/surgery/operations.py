@@ -7,17 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pacswap.nn import (
     AdaptingKernel,
     Adaptive,
+    PacConv1d,
     PacConv2d,
+    PacConv3d,
     PacConvTranspose2d,
     PacCRF,
     PacFilter2d,
     PacPool2d,
     PairwiseKernel,
 )
+from pacswap.nn.adaptive_conv import AdaptiveConv
 from pacswap.surgery.spec import (
     CRFSpec,
     FilterSpec,
@@ -27,6 +31,12 @@ from pacswap.surgery.spec import (
     PairwiseSpec,
 )
 from pacswap.surgery.targets import Target, is_inserted
+
+_CONVS: dict[type[nn.Module], type[AdaptiveConv]] = {
+    nn.Conv1d: PacConv1d,
+    nn.Conv2d: PacConv2d,
+    nn.Conv3d: PacConv3d,
+}
 
 # What pixel-adaptive layers have and plain ones have not.
 OWN_ATTRIBUTES = ("enabled", "guided_by", "supply", "shared_filters", "window")
@@ -49,8 +59,10 @@ def adaptive_module(
     """
     options = kernel_options(resolved_kernel(group, module))
     blend = group.kernel.blend
-    if isinstance(module, nn.Conv2d):
-        return PacConv2d.from_conv(module, blend=blend, **options)
+    for plain, adaptive in _CONVS.items():
+        if isinstance(module, plain):
+            assert isinstance(module, _ConvNd)
+            return adaptive.from_conv(module, blend=blend, **options)
     if isinstance(module, nn.ConvTranspose2d):
         return PacConvTranspose2d.from_conv(module, blend=blend, **options)
     if isinstance(module, nn.AvgPool2d | nn.MaxPool2d):
@@ -85,13 +97,13 @@ def plain_module(layer: Adaptive) -> nn.Module:
     """What was in a replaced layer's place, with the weights as they are now."""
     if isinstance(layer, PacPool2d):
         return layer.to_pool()
-    assert isinstance(layer, PacConv2d | PacConvTranspose2d)
+    assert isinstance(layer, AdaptiveConv | PacConvTranspose2d)
     return layer.to_conv()
 
 
 def own_parameters(layer: Adaptive) -> set[str]:
     """The parameters of the plain layer that a pixel-adaptive one keeps."""
-    if isinstance(layer, PacConv2d):
+    if isinstance(layer, AdaptiveConv):
         return {"weight", "bias", *layer._variant.parameters}
     return {"weight", "bias"} if isinstance(layer, PacConvTranspose2d) else set()
 

@@ -60,8 +60,13 @@ class PlannedGuidance:
         """D of the concatenated sources, positions included; None if one is not known yet."""
         if any(shape is None for shape in self.shapes):
             return None
-        positions = 2 if self.spec.source == "input+position" else 0
+        positions = self.axes if self.spec.source == "input+position" else 0
         return positions + sum(shape[1] for shape in self.shapes if shape is not None)
+
+    @property
+    def axes(self) -> int:
+        """How many axes the features have beside batch and channels; 2 for maps."""
+        return max((len(shape) - 2 for shape in self.shapes if shape is not None), default=2)
 
     @property
     def channels(self) -> int | None:
@@ -91,8 +96,8 @@ class PlannedKernel:
     guidance: int
     spec: KernelSpec
     owner: str
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
     taps: int
 
     @property

@@ -70,7 +70,7 @@ class Frame:
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: dict[int, Tensor | None] = {}
         # By owner, in a list: a compiler's size has no hash.
-        self.kernels: dict[str, list[tuple[tuple[int, int], Tensor | None]]] = {}
+        self.kernels: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         # What a checkpointed part computes has to be computed again by its recomputation.
         self.checkpointed = torch.is_grad_enabled() and relay.is_checkpointing(root)
         self.resumed_by: nn.Module | None = None

@@ -62,21 +62,21 @@ class RelayProbe:
         """The first call of a module in the scope."""
         return self.runs(name)[0][2][0]
 
-    def feature_map(self, layer: str, *, inserted: bool = False) -> tuple[int, ...]:
+    def feature_map(self, layer: str, *, inserted: bool = False, axes: int = 2) -> tuple[int, ...]:
         """C, H, W of what a layer filters, or of what it returns."""
         call = self.first(layer)
         shape = call.output_shape if inserted else call.input_shape
         assert shape is not None
-        return tuple(shape[1:])
+        return tuple(shape[-axes - 1 :])
 
     def output_size(self, layer: str) -> tuple[int, ...]:
         """H, W of what a layer returns."""
         return self.feature_map(layer, inserted=True)[1:]
 
-    def channels(self, layer: str) -> set[int]:
+    def channels(self, layer: str, axes: int = 2) -> set[int]:
         """C of what a layer filters, at each of its calls."""
         calls = [call for _, _, inside in self.runs(layer) for call in inside]
-        return {call.input_shape[1] for call in calls if call.input_shape is not None}
+        return {call.input_shape[-axes - 1] for call in calls if call.input_shape is not None}
 
     def calls(self, layer: str) -> int:
         """How often a layer runs in one call of the scope."""
@@ -181,9 +181,7 @@ class RelayProbe:
         shape = self._shape(source) if source == "input" else made[0].output_shape
         return None if shape is None else shape[0]
 
-    def _too_late(
-        self, layer: str, source: str, made: Call, call: Call, seen: Observation
-    ) -> str:
+    def _too_late(self, layer: str, source: str, made: Call, call: Call, seen: Observation) -> str:
         if source == layer:
             return f"'{layer}' cannot guide itself. Name a layer that runs earlier."
         around = (made.order, made.entry) in call.stack

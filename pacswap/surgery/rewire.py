@@ -77,7 +77,7 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
         if plan.scope_of(layer) is scope:
             index = guidances.index(plan.guidance_of(layer))
             owner = scope.local(plan.kernels[layer.kernel].owner)
-            model.get_submodule(layer.place).supply = Supply(index, owner)
+            vars(model.get_submodule(layer.place))["supply"] = Supply(index, owner)
     tapped: dict[str, list[str]] = {}
     for source in {source for _, given in scope.relayed for source in given}:
         if source.name not in ("input", "external"):

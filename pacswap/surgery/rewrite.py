@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pacswap.errors import PlanError, quoted
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance
+from pacswap.surgery.base import BASE, retake_base
 from pacswap.surgery.operations import OWN_ATTRIBUTES, adaptive_module, own_parameters, plain_module
 from pacswap.surgery.plan import Plan, PlannedLayer
 from pacswap.surgery.program import install, is_installed, uninstall
@@ -43,6 +44,7 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _rewritten(upgraded: nn.Module, plan: Plan) -> nn.Module:
     """`upgraded` itself, changed by the plan."""
+    retake_base(upgraded, set())
     for layer in plan.layers:
         _put(upgraded, plan, layer)
     for guidance in plan.guidances:
@@ -53,6 +55,7 @@ def _rewritten(upgraded: nn.Module, plan: Plan) -> nn.Module:
             guidance.projection,
             position=guidance.spec.source == "input+position",
             detach=guidance.spec.detach,
+            axes=guidance.axes,
             device=like.device,
             dtype=like.dtype,
         ).train(owner.training)
@@ -91,6 +94,7 @@ def revert(model: nn.Module) -> nn.Module:
         if is_installed(module):
             uninstall(module)
     del vars(plain)[PLAN]
+    vars(plain).pop(BASE, None)
     hooks = plain._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _accept_old_checkpoint]:
         del hooks[key]
@@ -226,7 +230,8 @@ def _accept_old_checkpoint(module: nn.Module, incompatible: Any) -> None:
     """Let `load_state_dict` take a checkpoint of the original model, strictly.
 
     A checkpoint that holds none of the added tensors is one of before the swap; what it lacks keeps
-    its value. One that holds some of them is damaged, and stays an error.
+    its value. One that holds some of them is damaged, and stays an error. One that holds all else
+    makes another network the base.
     """
     plan = vars(module).get(PLAN)
     if plan is None:
@@ -238,3 +243,5 @@ def _accept_old_checkpoint(module: nn.Module, incompatible: Any) -> None:
         full = {prefix + name for name in added}
         if full <= set(missing):
             missing[:] = [key for key in missing if key not in full]
+            if not (missing or incompatible.unexpected_keys):
+                retake_base(module, set(added))

@@ -73,6 +73,11 @@ class Target:
         """Whether it looks at more than one pixel; only convolutions may not."""
         return not isinstance(self.module, _ConvNd) or max(self.module.kernel_size) > 1
 
+    @property
+    def axes(self) -> int:
+        """How many axes its window has: 1 for sequences, 2 for images, 3 for clips."""
+        return len(self.module.kernel_size) if isinstance(self.module, _ConvNd) else 2
+
     def sizes(self, attribute: str) -> tuple[int, ...] | None:
         """`kernel_size`, `stride` or `dilation`, one number for each axis; None if it has none."""
         value = getattr(self.module, attribute, None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pacswap.errors import PacswapError, VerificationError
+from pacswap.nn import AdaptingKernel, Adaptive
 from pacswap.surgery.hearing import Ears
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.rewrite import pac_layers, plan_of, revert
@@ -255,19 +256,20 @@ def _step(parameters: list[nn.Parameter]) -> None:
 
 
 def _open_zero_scales(model: nn.Module) -> int:
-    """Set zero-initialised scales of norms to 1: an untrained residual block passes no gradient.
+    """Set zero-initialised scales to 1: an untrained residual block passes no gradient.
 
-    timm and torchvision initialise the last norm of a block so; no layer inside, swapped or not,
-    has a gradient then. Trained networks have no such scales.
+    timm and torchvision initialise the last norm of a block so, timm's normaliser-free networks a
+    gain; no layer inside, swapped or not, has a gradient then. Trained networks have no such ones.
     """
     count = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.numel() == 0:
+        if isinstance(module, Adaptive | AdaptingKernel):
             continue
-        if not weight.detach().any():
-            nn.init.ones_(weight)
-            count += 1
+        for name, scale in module.named_parameters(recurse=False):
+            is_scale = scale.dim() <= 1 and scale.numel() > 0 and not name.endswith("bias")
+            if is_scale and not scale.detach().any():
+                nn.init.ones_(scale)
+                count += 1
     return count
 
 

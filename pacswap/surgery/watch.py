@@ -60,10 +60,10 @@ class Seen:
 
     def neighbours(self) -> Tensor:
         """Which taps are neighbours inside the image: bool [1, KH*KW, H_out, W_out]."""
-        window, (H, W) = self.kernel.window, self.features.shape[-2:]
-        inside = window.inside(H, W, self.features.device)
+        window, sides = self.kernel.window, self.features.shape[2:]
+        inside = window.inside(*sides, self.features.device)
         if inside is None:
-            size = (1, window.taps, *window.output_size(H, W))
+            size = (1, window.taps, *window.output_size(*sides))
             inside = torch.ones(size, dtype=torch.bool, device=self.features.device)
         else:
             inside = inside.clone()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch import fx, nn
 from torch.fx.node import Node
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacswap.errors import GuidanceError, quoted
 from pacswap.nn import why_not_project
 from pacswap.surgery.plan import PlannedScope
+from pacswap.surgery.running import ShapeRunner, bound, recorded, why_not_same
 from pacswap.surgery.scope import IMAGE_SOURCES, no_such_source
 from pacswap.surgery.skeleton import Observation
 from pacswap.surgery.spec import GuidanceSpec
@@ -45,22 +40,22 @@ class Probe:
         """The shape of a node's value, or None if it is not a tensor."""
         return next((shapes[node] for shapes in self.shapes if node in shapes), None)
 
-    def feature_map(self, layer: str, *, inserted: bool) -> tuple[int, int, int]:
+    def feature_map(self, layer: str, *, inserted: bool = False, axes: int = 2) -> tuple[int, ...]:
         """C, H, W of what a layer filters: its first input, or what it is put behind."""
         for trace, shapes in zip(self.scope.traces, self.shapes, strict=True):
             for node in trace.nodes_of(self.scope.local(layer)):
                 shape = shapes[node if inserted else node.all_input_nodes[0]]
-                return shape[-3], shape[-2], shape[-1]
+                return shape[-axes - 1 :]
         raise AssertionError(f"{layer} has no node")
 
-    def output_size(self, layer: str) -> tuple[int, int]:
+    def output_size(self, layer: str) -> tuple[int, ...]:
         """H, W of what a layer returns."""
         return self.feature_map(layer, inserted=True)[1:]
 
-    def channels(self, layer: str) -> set[int]:
+    def channels(self, layer: str, axes: int = 2) -> set[int]:
         """C of what a layer filters, at each of its calls."""
         shapes = [self.shape(node.all_input_nodes[0]) for node in self.scope.nodes_of(layer)]
-        return {shape[-3] for shape in shapes if shape is not None}
+        return {shape[-axes - 1] for shape in shapes if shape is not None}
 
     def calls(self, layer: str) -> int:
         """How often a layer runs."""
@@ -113,13 +108,13 @@ def probe_scope(
         trace = scope.train if training or scope.evaluate is None else scope.evaluate
         assert trace is not None
         args, kwargs = seen.arguments[scope.module, scope.method]
-        runner = _ShapeRunner(module, trace.graph)
+        runner = ShapeRunner(module, trace.graph)
         bones.train(training)
         doing = f"{where} does not run"
         try:
-            theirs = _recorded(getattr(module, scope.method), *args, **kwargs)
+            theirs = recorded(getattr(module, scope.method), *args, **kwargs)
             doing = f"the trace of {where} does not run"
-            ours = _recorded(runner.run, *_bound(trace, args, kwargs))
+            ours = recorded(runner.run, *bound(trace, args, kwargs))
         except GuidanceError as error:
             return probe, f"the example input cannot be traced: {str(error).splitlines()[0]}"
         except Exception as error:  # the model's own code
@@ -127,7 +122,7 @@ def probe_scope(
             return probe, f"{doing} in {_mode(training)} mode: {type(error).__name__}: {reason}."
         finally:
             bones.eval()
-        fault = _why_not_same(ours, theirs)
+        fault = why_not_same(ours, theirs)
         if fault is not None:
             return probe, f"the trace of {where} {fault}"
         if training or scope.evaluate is not None:
@@ -137,50 +132,16 @@ def probe_scope(
     return probe, None
 
 
-class _Operations(TorchDispatchMode):
-    """Notes every operation with the shape of its result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and note it."""
-        output = func(*args, **(kwargs or {}))
-        self.done.append(f"{func._overloadpacket.__name__} → {_structure(output)}")
-        return output
-
-
-def _recorded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-    """What a call returns, and the operations that it did."""
-    copies = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-    with torch.no_grad(), _Operations() as operations:
-        return run(*copies[0], **copies[1]), operations.done
-
-
-def _why_not_same(ours: tuple[Any, list[str]], theirs: tuple[Any, list[str]]) -> str | None:
-    """Why a graph (ours) does not do what the method (theirs) does, or None."""
-    if _structure(ours[0]) != _structure(theirs[0]):
-        return (
-            f"returns {_structure(ours[0])} where the model returns {_structure(theirs[0])}: it "
-            "does something that a trace cannot see, such as collecting features by hooks."
-        )
-    for one, other in zip_longest(ours[1], theirs[1], fillvalue="nothing"):
-        if one != other:
-            return (
-                f"does '{one}' where the model does '{other}': it depends on what a trace cannot "
-                "see, such as the type of an argument, a random number or a cache."
-            )
-    return None
-
-
 def _note_sizes(trace: Trace, shapes: dict[Node, tuple[int, ...]]) -> None:
     for node in trace.graph.nodes:
-        node.meta[OUTPUT_SIZE] = shapes.get(node, ())[-2:]
+        node.meta[OUTPUT_SIZE] = _size(shapes.get(node, ()))
         if node.op == "call_module" and node.all_input_nodes:
-            node.meta[INPUT_SIZE] = shapes.get(node.all_input_nodes[0], ())[-2:]
+            node.meta[INPUT_SIZE] = _size(shapes.get(node.all_input_nodes[0], ()))
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What tells resolutions apart: all behind batch and channels."""
+    return shape[2:] if len(shape) > 4 else shape[-2:]
 
 
 def _mode(training: bool) -> str:
@@ -217,6 +178,7 @@ def locate_guidance(scope: PlannedScope, spec: GuidanceSpec, probe: Probe) -> Lo
 def why_not_maps(sources: list[str], shapes: Sequence[tuple[int, ...] | None]) -> list[str]:
     """Why what these sources return is no guidance; an external one is not known yet."""
     unusable = []
+    first = shapes[0] if shapes else None
     for source, shape in zip(sources, shapes, strict=True):
         if source == "external":
             continue
@@ -225,9 +187,15 @@ def why_not_maps(sources: list[str], shapes: Sequence[tuple[int, ...] | None]) -
                 f"'{source}' does not return one tensor. Name a layer in it that returns a "
                 "feature map."
             )
-        elif len(shape) != 4:
+        elif len(shape) not in (3, 4, 5):
             unusable.append(
-                f"'{source}' returns {list(shape)}; a guidance is a feature map [B, D, H, W]."
+                f"'{source}' returns {list(shape)}; a guidance is a feature map [B, D, H, W], a "
+                "sequence [B, D, L] or a clip [B, D, T, H, W]."
+            )
+        elif first is not None and len(shape) != len(first):
+            unusable.append(
+                f"'{source}' returns {list(shape)} and '{sources[0]}' {list(first)}, which cannot "
+                "be concatenated. Name sources of as many axes."
             )
     return unusable
 
@@ -282,58 +250,6 @@ def why_not_fed(
                         ("guidance", _too_late(layer, source, calls[0], trace, scope, seen))
                     )
     return list(dict.fromkeys(faults))
-
-
-class _ShapeRunner(fx.Interpreter):
-    """Runs a graph and notes shapes and later in-place changes."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.shapes: dict[Node, tuple[int, ...]] = {}
-        self.versions: dict[Node, tuple[Tensor, int]] = {}
-
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Plain lists and dictionaries, as the generated code makes them; fx keeps its own."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _thawed(tuple(args)), {key: _thawed(value) for key, value in kwargs.items()}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
-            self.versions[n] = (value, value._version)
-        return value
-
-    def overwritten(self) -> set[Node]:
-        return {n for n, (tensor, version) in self.versions.items() if tensor._version != version}
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, immutable_list):
-        return [_thawed(item) for item in value]
-    if isinstance(value, immutable_dict):
-        return {key: _thawed(item) for key, item in value.items()}
-    return tuple(map(_thawed, value)) if type(value) is tuple else value
-
-
-def _bound(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Positional values for a graph's placeholders; missing ones keep their default."""
-    values = list(args)
-    for node in [n for n in trace.graph.nodes if n.op == "placeholder"][len(args) :]:
-        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-    return values
-
-
-def _structure(output: Any) -> str:
-    """Containers and shapes of an output, in words."""
-    if isinstance(output, Tensor):
-        return str(list(output.shape))
-    if isinstance(output, dict):
-        inner = ", ".join(f"{key}: {_structure(value)}" for key, value in output.items())
-        return f"{type(output).__name__}({inner})"
-    if isinstance(output, tuple | list):
-        return f"{type(output).__name__}({', '.join(map(_structure, output))})"
-    return type(output).__name__
 
 
 def _unpattern(scope: PlannedScope, text: str) -> str:

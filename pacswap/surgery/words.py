@@ -87,7 +87,7 @@ def _guidance_in_words(guidance: PlannedGuidance) -> str:
         if shape is None:
             parts.append(f"{name}, the keyword argument guidance=")
         else:
-            parts.append(f"{name}, {shape[1]} channels at {shape[2]}×{shape[3]}")
+            parts.append(f"{name}, {shape[1]} channels at {'×'.join(map(str, shape[2:]))}")
     text = " and ".join(parts)
     if guidance.spec.source == "input+position":
         text += ", with the position of each pixel"

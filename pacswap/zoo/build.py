@@ -22,6 +22,7 @@ from pacswap.zoo.heads import renew_heads
 from pacswap.zoo.weights import load_weights_file
 
 SOURCE = "_pacswap_source"
+ORIGIN = "_pacswap_origin"  # with weights
 LIBRARIES = ("timm", "torchvision", "python", "pacswap")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 # No network, no such file on the server, or a download that was cut short.
@@ -89,7 +90,16 @@ def build(
         renew_heads(model, source.num_classes)
     # What was built says by what, so that it can be saved without asking.
     vars(model)[SOURCE] = bare(source)
+    if weights is not None and not meta:
+        vars(model)[ORIGIN] = lasting(source, folder)
     return model
+
+
+def lasting(source: Source, folder: Path | None) -> Source:
+    """The source with its weights file, if it has one, named so that it is found from anywhere."""
+    if source.weights is None or not source.weights.endswith(FILE_SUFFIXES):
+        return source
+    return replace(source, weights=str(((folder or Path()) / source.weights).resolve()))
 
 
 _WITH_AUXILIARY: dict[str, dict[str, Any]] = {
@@ -202,7 +212,9 @@ def _timm_factory(source: Source) -> Factory:
     name, _, tag = source.name.partition(".")
     if not timm.is_model(name):
         raise ModelError(_unknown_model(source, timm.list_models()))
-    _reject_args(source, ("pretrained", "checkpoint_path", "pretrained_cfg"))
+    _reject_args(
+        source, ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+    )
     pretrained = [k.partition(".")[2] for k in timm.list_pretrained(f"{name}.*")]
     wanted = _tag(source)
     if wanted is not None and not pretrained:
@@ -274,6 +286,12 @@ def _own_factory(source: Source) -> Factory:
     if wanted not in (None, "DEFAULT"):
         raise WeightsError(_unknown_tag(source, str(wanted), ["DEFAULT"]))
     _reject_args(source, ("pretrained",))
+    backbone = str(source.args.get("backbone", ""))
+    if ":" in backbone:  # timm would fetch what a stranger's recipe names
+        raise ModelError(
+            f"model.args.backbone: expected the name of a timm model, got '{backbone}'. List them: "
+            "pacswap ls models timm"
+        )
 
     def make(weights: str | None, args: dict[str, Any]) -> nn.Module:
         file = _OWN_WEIGHTS.get(source.name)

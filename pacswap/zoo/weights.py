@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,17 @@ def load_weights_file(model: nn.Module, path: Path) -> None:
             f"'{path}' does not fit {type(model).__name__}: {'; '.join(faults)}. Use the file of "
             "this very network, or mend model.name and model.args (num_classes?)."
         )
-    model.load_state_dict(state)
+    model.load_state_dict(with_versions(model, state))
+
+
+def with_versions(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict from a file that names no versions of modules, taken to be of today's.
+
+    Some modules (torchvision's MNASNet) refuse to load without one.
+    """
+    made = OrderedDict(state)
+    made._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    return made
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
