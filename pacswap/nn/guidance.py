@@ -244,7 +244,7 @@ def same_size(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
         return one == other
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return all([statically_known_true(a == b) for a, b in zip(one, other, strict=True)])
+    return all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def why_not_project(in_channels: int | None, channels: int | None) -> str | None:
