@@ -37,22 +37,29 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.grad_checkpointing = True  # type: ignore[assignment]
 
 
-class QuickNorms(TorchFunctionMode):
-    """Batch norms of tensors on meta give an empty tensor at once.
+# Functions whose result is like their first argument.
+_LIKE_INPUT = (F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.softmax)
 
-    Their decomposition in Python takes more time than all the rest of a network on meta.
+
+class QuickShapes(TorchFunctionMode):
+    """Norms and their like give an empty tensor at once where the input is on meta.
+
+    Their decompositions in Python take more time than all the rest of a network on meta.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function, or say what a batch norm would return."""
+        """Run a function, or say what it would return."""
         kwargs = kwargs or {}
         input = args[0] if args else kwargs.get("input")
-        if func is not F.batch_norm or not isinstance(input, Tensor) or not input.is_meta:
+        known = func in _LIKE_INPUT and isinstance(input, Tensor) and input.is_meta
+        if not known or kwargs.get("dtype") is not None or kwargs.get("out") is not None:
             return func(*args, **kwargs)
-        if kwargs.get("training", args[5] if len(args) > 5 else False):
+        if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+        if func is F.layer_norm:
+            return torch.empty_like(input, memory_format=torch.contiguous_format)
         return torch.empty_like(input)
 
 

@@ -13,7 +13,7 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacswap.surgery.modes import QuickNorms
+from pacswap.surgery.modes import QuickShapes
 from pacswap.surgery.trace import Trace
 
 
@@ -78,7 +78,7 @@ class _Operations(TorchDispatchMode):
 def recorded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
     """What a call returns, and the operations that it did."""
     copies = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-    with torch.no_grad(), QuickNorms(), _Operations() as operations:
+    with torch.no_grad(), QuickShapes(), _Operations() as operations:
         return run(*copies[0], **copies[1]), operations.done
 
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from pacswap.errors import PlanError
 from pacswap.surgery.cost import MacCounter
-from pacswap.surgery.modes import QuickNorms, kept_random
+from pacswap.surgery.modes import QuickShapes, kept_random
 
 ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
 
@@ -210,7 +210,7 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
         functions = _Functions(seen, stack)
-        with torch.no_grad(), kept_random(), QuickNorms(), functions, MacCounter() as counter:
+        with torch.no_grad(), kept_random(), QuickShapes(), functions, MacCounter() as counter:
             given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
             bones(*args)
             seen.macs = counter.macs

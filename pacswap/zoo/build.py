@@ -201,10 +201,18 @@ def _made(factory: Factory, source: Source, weights: str | None) -> nn.Module:
 def _on_meta(factory: Factory, source: Source) -> nn.Module:
     try:
         with torch.device("meta"):
-            return _made(factory, source, None)
+            model = _made(factory, source, None)
     except ModelError:
         # Some constructors compute with tensors (torchvision's RegNets): those are built for real.
         return _made(factory, source, None)
+    return _made(factory, source, None) if _holds_constants(model) else model
+
+
+def _holds_constants(model: nn.Module) -> bool:
+    """Whether a network keeps tensors in lists (a detector's anchors), whose values it needs."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    held = [v for value in attributes if isinstance(value, list | tuple) for v in value]
+    return any(isinstance(value, torch.Tensor) for value in held)
 
 
 def _timm_factory(source: Source) -> Factory:
