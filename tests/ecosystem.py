@@ -110,7 +110,9 @@ NETWORKS: Mapping[str, Network] = {
     "dilated": body("norm", dilation=2, padding=2),
     "two_roundings": Network(m.TwoRoundings, ["left", "right"]),
     "same": Network(functools.partial(Of, Conv2dSame, stride=2, groups=4, bias=False)),
-    "scaled": Network(functools.partial(Of, ScaledStdConv2d, padding=1, groups=2), guidance="input"),
+    "scaled": Network(
+        functools.partial(Of, ScaledStdConv2d, padding=1, groups=2), guidance="input"
+    ),
     "pool": operated("pool_max_ceil"),
     "upsample": operated("resized_bilinear"),
     "transposed": operated("transposed_3x3_s2_p1_op1"),
