@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import secrets
 import warnings
@@ -227,21 +228,40 @@ def _difference(model: nn.Module, run: Run, images: Tensor, path: Path) -> float
     """
     size = "×".join(map(str, images.shape))
     with torch.no_grad():
-        wanted = _tensors(model(images))
+        wanted = _tensors(model(images.clone()))  # which it may overwrite
         try:
-            found = run(images)
+            found = run(images.clone())
         except Exception as error:  # the runtime's own kinds
-            raise ExportError(f"'{path}' does not run on images of {size}: {error}") from error
-    fits = [t.shape for t in wanted] == [t.shape for t in found]
-    pairs = zip(wanted, found, strict=False)
-    off = max(((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item() for a, b in pairs)
+            raise ExportError(
+                f"'{path}' would not run on images of {size}: {_first_line(error)}. The network "
+                "goes another way for other sizes. Export it for one: --static on the command "
+                "line, static=True in Python."
+            ) from error
+    shapes, others = ([list(t.shape) for t in given] for given in (wanted, found))
+    off = _farthest(wanted, found) if shapes == others else math.inf
     bound = TOLERANCE[images.dtype]
-    if not fits or not off <= bound:
+    if not off <= bound:
         raise ExportError(
-            f"'{path}' gives other outputs than the network on images of {size}: off by {off:.1e}, "
-            f"expected {bound:.0e}. Nothing was kept. Try --static, and please report it."
+            f"'{path}' would give other outputs than the network on images of {size}: off by "
+            f"{off:.1e}, expected {bound:.0e}; shapes {others}, expected {shapes}. Export it for "
+            "one size: --static on the command line, static=True in Python."
         )
     return off
+
+
+def _farthest(wanted: list[Tensor], found: list[Tensor]) -> float:
+    """The largest difference of two lists of tensors, relative to the largest of each tensor."""
+    offs = [0.0]
+    for a, b in zip(wanted, found, strict=True):
+        if a.numel():
+            scale = a.double().abs().max().clamp(min=1e-12)
+            offs.append(((a.double() - b.double()).abs().max() / scale).item())
+    return max(offs, key=lambda off: (math.isnan(off), off))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:300].rstrip(".!")
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -252,9 +272,13 @@ def _why_not(model: nn.Module, images: Tensor, static: bool, error: Exception) -
     """Whose limit it is that a network cannot be exported: its own, or pacswap's."""
     from pacswap.surgery import revert
 
-    said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+    said = f"{type(error).__name__}: {_first_line(error)}"
     name = type(model).__name__
-    way_out = "" if static else " Of one fixed size it may go: --static."
+    way_out = (
+        ""
+        if static
+        else (" For one size it may go: --static on the command line, static=True in Python.")
+    )
     axes = None if static else dict.fromkeys(AXES, torch.export.Dim.DYNAMIC)
     try:
         with torch.no_grad(), _quiet():
