@@ -259,7 +259,9 @@ def _farthest(wanted: list[Tensor], found: list[Tensor]) -> float:
     return max(offs, key=lambda off: (math.isnan(off), off))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # an exporter wraps what went wrong in advice
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return lines[0][:300].rstrip(".!")
 
@@ -272,7 +274,7 @@ def _why_not(model: nn.Module, images: Tensor, static: bool, error: Exception) -
     """Whose limit it is that a network cannot be exported: its own, or pacswap's."""
     from pacswap.surgery import revert
 
-    said = f"{type(error).__name__}: {_first_line(error)}"
+    said = _first_line(error)
     name = type(model).__name__
     way_out = (
         ""

@@ -67,7 +67,7 @@ def test_a_gathering_operator_is_seen() -> None:
 # ---- ONNX
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache
 def written(name: str, folder: Path) -> tuple[nn.Module, Path]:
     model, path = NETWORKS[name].upgraded(0.5), folder / f"{name}.onnx"
     export(model, path)
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("onnx")
 
 
-ONNX = ["same", "relayed_image", "upsample"]
+ONNX = ["same", "strided", "relayed_image", "pool", "upsample"]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
