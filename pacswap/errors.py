@@ -72,6 +72,10 @@ class CheckpointError(PacswapError, RuntimeError):
     """A model directory cannot be written or read."""
 
 
+class ExportError(PacswapError, RuntimeError):
+    """An upgraded network cannot be written for other programs, or the file is not the network."""
+
+
 class VerificationError(PacswapError, RuntimeError):
     """An upgraded model breaks one of the promises; the message has the measured figures."""
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "viz": {"zoo", "surgery", "ops", "errors"},
     "pacnet": {"nn", "zoo", "errors"},
     "recipes": {"surgery", "shipped", "errors"},
+    "export": {"surgery", "errors"},
     "checkpoint": {"pacnet", "recipes", "zoo", "surgery", "fingerprint", "errors"},
     "hub": {"checkpoint", "recipes", "surgery", "errors"},
     "report": {"surgery", "errors"},
@@ -50,6 +51,7 @@ MAY_IMPORT = {
         "errors",
     },
     "cli": {
+        "export",
         "checkpoint",
         "train",
         "viz",

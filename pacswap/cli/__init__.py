@@ -9,6 +9,7 @@ from typing import NoReturn, cast
 
 import typer
 
+from pacswap.cli import exporting as _exporting  # noqa: F401
 from pacswap.cli import inside as _inside  # noqa: F401
 from pacswap.cli import recipes as _recipes  # noqa: F401  these register their commands
 from pacswap.cli import training as _training  # noqa: F401

@@ -51,8 +51,11 @@ class AdaptiveConv(Adaptive):
     def filters(self) -> Tensor:
         """The weight that it convolves with, [C_out, C_in/groups, *kernel size].
 
-        The stored one, but for the twins of layers that standardise theirs.
+        The stored one, but for shared filters and for the twins of layers that standardise theirs.
         """
+        return self._filters()
+
+    def _filters(self) -> Tensor:
         made = self._variant.weight
         return self.weight if made is None else made(self)
 

@@ -111,15 +111,11 @@ class PacConv2d(AdaptiveConv, nn.Conv2d):
         )
         return replace(made.unpadded, same=True) if self._variant.same(self) else made
 
-    @property
-    def filters(self) -> Tensor:
-        """The weight that it convolves with, [C_out, C_in/groups, KH, KW].
-
-        The stored one, but for shared filters and for the twins of layers that standardise theirs.
-        """
+    def _filters(self) -> Tensor:
+        # A method: torch.compile cannot look into a property that is reached through `super()`.
         if self.shared_filters:
             return self.weight.expand(self.in_channels, -1, -1, -1)
-        return super().filters
+        return super()._filters()
 
     def _convolved(self, input: Tensor) -> Tensor:
         if self.shared_filters:

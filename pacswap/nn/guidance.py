@@ -177,7 +177,7 @@ def resize_guidance(guidance: Tensor | None, like: Like, mode: Resize) -> Tensor
     if guidance is None:
         return None
     size = size_of(like)
-    if guidance.shape[2:] == size:
+    if same_size(size_of(guidance), size):
         return guidance
     axes = guidance.dim() - 2
     if len(size) == 1 and axes > 1:
@@ -191,7 +191,7 @@ def resize_guidance(guidance: Tensor | None, like: Like, mode: Resize) -> Tensor
             f"{has} cannot guide a layer over {wants}, got {list(guidance.shape)} for {size}. "
             "Choose a guidance with the layer's axes, or reduce it to them in the model."
         )
-    if guidance.shape[2:] == size:
+    if same_size(size_of(guidance), size):
         return guidance
     if mode == "bilinear":
         return F.interpolate(guidance, size=size, mode=_LINEAR[axes], align_corners=False)
@@ -225,6 +225,26 @@ def size_of(like: Like) -> tuple[int, ...]:
     ((8, 9), (5,))
     """
     return tuple(like) if isinstance(like, tuple) else tuple(like.shape[2:])
+
+
+def same_size(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two resolutions are one; under a compiler, whether they are for every image.
+
+    A compiler that compared the sizes of its example would refuse all images that round otherwise.
+
+    Args:
+        one: (H, W), or of a sequence or a video.
+        other: likewise.
+
+    Example:
+        >>> same_size((8, 9), (8, 9)), same_size((8, 9), (8,))
+        (True, False)
+    """
+    if not torch.compiler.is_compiling() or len(one) != len(other):
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def why_not_project(in_channels: int | None, channels: int | None) -> str | None:

@@ -40,7 +40,7 @@ def valid_taps(mask: Tensor, window: Window) -> Tensor:
     """Which taps see a valid pixel of the image: bool [B, 1, KH*KW, H_out, W_out]."""
     size = window.output_size(mask.shape[-2], mask.shape[-1])
     padded = window.padded(mask)
-    seen = [padded[:, :, rows, columns] > 0 for rows, columns in window.slices(size)]
+    seen = [tap > 0 for tap in window.seen(padded, size)]
     return torch.stack(seen, dim=2)
 
 

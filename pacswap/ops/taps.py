@@ -21,7 +21,7 @@ def tap_distance(
     """As `reference.tap_distance`, one tap at a time."""
     size = window.output_size(guidance.shape[-2], guidance.shape[-1])
     padded = window.padded(guidance)
-    seen = [padded[:, :, rows, columns] for rows, columns in window.slices(size)]
+    seen = list(window.seen(padded, size))
     at = seen[window.centre] if centre is None else centre
     values = [PHI[measure](tap - at) for tap in seen]
     if not channel_wise:
@@ -38,8 +38,8 @@ def pac_conv2d(
     wide = compute_dtype(input.dtype)
     KW = window.kernel_size[1]
     output: Tensor | None = None
-    for t, (rows, columns) in enumerate(window.slices(size)):
-        seen = padded[:, :, rows, columns] * kernel[:, :, t]  # [B, C_in, H_out, W_out]
+    for t, tap in enumerate(window.seen(padded, size)):
+        seen = tap * kernel[:, :, t]  # [B, C_in, H_out, W_out]
         filters = weight[:, :, t // KW : t // KW + 1, t % KW : t % KW + 1]
         # Sums over taps in half precision would lose a digit that a plain convolution keeps.
         part = F.conv2d(seen, filters, groups=groups).to(wide)

@@ -67,7 +67,10 @@ class Window:
             ShapeError: the padded image is smaller than the window.
         """
         if self.same:
-            return tuple(-(-n // s) for n, s in zip((height, width), self.stride, strict=True))  # type: ignore[return-value]
+            # Not −(−n // s), here and below: ONNX divides toward zero.
+            return tuple(
+                (n + s - 1) // s for n, s in zip((height, width), self.stride, strict=True)
+            )  # type: ignore[return-value]
         left, right, top, bottom = self.pad
         room_y = height + top + bottom - self.dilation[0] * (self.kernel_size[0] - 1) - 1
         room_x = width + left + right - self.dilation[1] * (self.kernel_size[1] - 1) - 1
@@ -108,7 +111,7 @@ class Window:
         if step == 1:
             total = reach  # whatever the side: nothing for a compiler to guard
         else:
-            total = torch.sym_max((-(-side // step) - 1) * step + reach + 1 - side, 0)
+            total = torch.sym_max((side + step - 1) // step * step - step + reach + 1 - side, 0)
         return total // 2, total - total // 2
 
     def padded(self, x: Tensor) -> Tensor:
@@ -131,6 +134,22 @@ class Window:
             for j in range(KW):
                 yield self._slice(0, i, size), self._slice(1, j, size)
 
+    def seen(self, padded: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """For each tap, what the whole output sees of an image with its border, [..., *size].
+
+        Args:
+            padded: [..., H', W'].
+            size: (H_out, W_out).
+        """
+        for rows, columns in self.slices(size):
+            tap = padded[..., rows, columns]
+            if torch.compiler.is_compiling():
+                # A compiler cannot derive it where sizes are divided and rounded: the ONNX
+                # exporter would take each slice for one of unknown size.
+                torch._check(tap.shape[-2] == size[0])
+                torch._check(tap.shape[-1] == size[1])
+            yield tap
+
     def _slice(self, axis: int, index: int, size: tuple[int, int]) -> slice:
         start, step = index * self.dilation[axis], self.stride[axis]
         return slice(start, start + (size[axis] - 1) * step + 1, step)
@@ -145,7 +164,7 @@ class Window:
             return None
         size = self.output_size(height, width)
         image = self.padded(torch.ones(1, 1, height, width, device=device))[0, 0]
-        return torch.stack([image[at] > 0 for at in self.slices(size)])[None]
+        return torch.stack([tap > 0 for tap in self.seen(image, size)])[None]
 
 
 def make_window(
@@ -208,7 +227,7 @@ def as_window(
 
 def _ceil_size(room: int, stride: int, start: int) -> int:
     """How many windows there are if one may hang over; none may begin beyond the image."""
-    count = -(-room // stride) + 1
+    count = (room + stride - 1) // stride + 1
     return count - 1 if (count - 1) * stride >= start else count
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
-from pacswap.nn.guidance import Like
+from pacswap.nn.guidance import Like, same_size
 from pacswap.surgery.modes import keeps_otherwise
 from pacswap.surgery.runtime import required_guidance
 from pacswap.surgery.spec import Resize
@@ -82,7 +82,8 @@ class Frame:
         self.root, self.relay, self.learns = root, relay, learns
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: dict[int, Tensor | None] = {}
-        self.kernels: dict[tuple[str, tuple[int, ...]], Tensor | None] = {}
+        # By owner, in a list: a compiler's size has no hash.
+        self.kernels: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         self.resumed_by: nn.Module | None = None
         self.given: set[int] = set()  # the storages of the caller's tensors
 
@@ -96,14 +97,18 @@ class Frame:
         kept.given = self.given
         kept.maps = {key: _value(held) for key, held in self.maps.items()}
         kept.features = {key: _value(held) for key, held in self.features.items()}
-        kept.kernels = {key: _value(held) for key, held in self.kernels.items()}
+        kept.kernels = {
+            owner: [(size, _value(held)) for size, held in made]
+            for owner, made in self.kernels.items()
+        }
         return kept
 
     def resume(self, module: nn.Module) -> Frame:
         """A kept frame as the recomputation of one of its modules finds it."""
         again = Frame(self.root, self.relay, learns=True)
         again.maps, again.features = dict(self.maps), dict(self.features)
-        again.kernels, again.resumed_by, again.given = dict(self.kernels), module, self.given
+        again.kernels = {owner: list(made) for owner, made in self.kernels.items()}
+        again.resumed_by, again.given = module, self.given
         return again
 
     def give(self, source: str, output: Any) -> None:
@@ -154,12 +159,15 @@ class Frame:
             if "external" in guidance.sources:
                 required_guidance(None, enabled=True)
             return None
-        key = owner, size_of(like)
-        if key not in self.kernels:
-            with torch.set_grad_enabled(self.learns):
-                resized = resize_guidance(self.features[index], like, guidance.resize)
-                self.kernels[key] = _inner(self.root, owner).adapting_kernel(resized)
-        return self.kernels[key]
+        made, size = self.kernels.setdefault(owner, []), size_of(like)
+        for known, kernel in made:
+            if same_size(known, size):
+                return kernel
+        with torch.set_grad_enabled(self.learns):
+            resized = resize_guidance(self.features[index], like, guidance.resize)
+            kernel = _inner(self.root, owner).adapting_kernel(resized)
+        made.append((size, kernel))
+        return kernel
 
 
 class _Local(threading.local):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
-from pacswap.nn.guidance import Like
+from pacswap.nn.guidance import Like, same_size
 from pacswap.surgery.spec import Resize
 
 
@@ -105,7 +105,7 @@ def fitting_features(resized: Tensor | None, features: Tensor, like: Like, resiz
         like: what has the layer's resolution, [B, C, H', W'] or (H', W').
         resize: how features are resized.
     """
-    if resized is None or resized.shape[2:] == size_of(like):
+    if resized is None or same_size(size_of(resized), size_of(like)):
         return resized
     return resize_guidance(features, like, resize)
 
@@ -128,7 +128,7 @@ def fitting_kernel(
         resize: how features are resized.
         make: from resized features to a kernel.
     """
-    if resized is None or resized.shape[2:] == size_of(like):
+    if resized is None or same_size(size_of(resized), size_of(like)):
         return kernel
     return make(resize_guidance(features, like, resize))
 
