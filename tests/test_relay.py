@@ -100,7 +100,7 @@ def kernel_calls(model: nn.Module) -> list[int]:
 @pytest.fixture(autouse=True)
 def no_frame_is_left() -> Any:
     yield
-    assert relay._local.frames == []
+    assert relay.local.frames == []
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -38,7 +38,7 @@ NAMES = pytest.mark.parametrize("name", list(TIMM))
 @pytest.fixture(autouse=True)
 def no_frame_is_left() -> Iterator[None]:
     yield
-    assert relay._local.frames == []
+    assert relay.local.frames == []
 
 
 def network(name: str, *, before: bool = False) -> nn.Module:

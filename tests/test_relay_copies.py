@@ -43,7 +43,7 @@ def test_an_error_in_the_network_leaves_no_frame_open() -> None:
     model.fails = True
     with pytest.raises(ZeroDivisionError):
         model(IMAGES)
-    assert relay._local.frames == []
+    assert relay.local.frames == []
     model.fails = False
     assert_same(before, model(IMAGES), tolerance=0)
 

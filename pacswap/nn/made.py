@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-_MAKER = "_pacswap_maker"
-
 
 def made_class(
     name: str,
@@ -31,8 +29,15 @@ def made_class(
         maker: an importable function that gives this class again, for the next arguments.
         *args: of `maker`.
     """
-    own = {"__reduce_ex__": _reduce_ex, _MAKER: (maker, args)}
-    made: type[Any] = type(name, bases, {**namespace, **own})
+
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        reduced = super(made, self).__reduce_ex__(protocol)
+        if type(self) is not made:  # a subclass, which has to say itself how it is pickled
+            return reduced
+        rest = tuple(argument for argument in reduced[1] if argument is not made)
+        return (_new, (maker, args, *rest), *reduced[2:])
+
+    made: type[Any] = type(name, bases, {**namespace, "__reduce_ex__": reduce_ex})
     return made
 
 
@@ -54,14 +59,6 @@ def alike(module: nn.Module, cls: type[Any], *, without: Collection[str] = ()) -
             for name in without:
                 vars(new)[key].pop(name, None)
     return new
-
-
-def _reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
-    cls = type(self)
-    reduced = super(cls, self).__reduce_ex__(protocol)
-    assert isinstance(reduced, tuple)
-    rest = tuple(argument for argument in reduced[1] if argument is not cls)
-    return (_new, (*vars(cls)[_MAKER], *rest), *reduced[2:])
 
 
 def _new(maker: Callable[..., type[Any]], args: tuple[Any, ...], *rest: Any) -> Any:

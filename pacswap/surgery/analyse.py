@@ -197,7 +197,7 @@ class _Analysis:
         for traced in finder.traced():
             members = [claim for claim in claims if claim.group in traced.groups]
             graph = self._graph(traced, members)
-            relay = self._relay(traced, members, alone=graph is None)
+            relay = self._relay(traced, members, None if graph is None else graph[1])
             if graph is not None:
                 scope, probe, members = graph
                 if relay is None:
@@ -237,9 +237,13 @@ class _Analysis:
             )
 
     def _relay(
-        self, traced: TracedScope, members: list[Claim], *, alone: bool
+        self, traced: TracedScope, members: list[Claim], graph: Probe | None
     ) -> tuple[tuple[tuple[int, tuple[RelayedSource, ...]], ...], RelayProbe] | None:
-        """What feeds a scope's layers while its own code runs, or None; notes why not if alone."""
+        """What feeds a scope's layers while its own code runs, or None.
+
+        Where there is no graph that could do it, notes why not.
+        """
+        alone = graph is None
         requests = [
             Request(
                 index,
@@ -267,7 +271,8 @@ class _Analysis:
             self._fault(fault, group, field)
         if faults:
             return None
-        sources = tuple((r.index, probe.sources(r.group.guidance)) for r in requests)
+        copied = set() if graph is None else graph.overwritten_sources()
+        sources = tuple((r.index, probe.sources(r.group.guidance, copied)) for r in requests)
         return sources, probe
 
     def _fed(self, scope: PlannedScope, claims: list[Claim], indices: list[int]) -> None:

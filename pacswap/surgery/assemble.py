@@ -12,7 +12,7 @@ from pacswap.nn import Adaptive, PacCRF, PacFilter2d
 from pacswap.surgery.cost import layer_macs, layer_numbers
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
-from pacswap.surgery.relaying import RelayProbe
+from pacswap.surgery.relaying import RelayProbe, why_not_batch
 from pacswap.surgery.runtime import blurred_size
 from pacswap.surgery.skeleton import FUNCTION, Call, Observation, skeleton
 from pacswap.surgery.spec import Group
@@ -73,6 +73,7 @@ class Assembly:
         module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
         filtered = {channels} if inserted else probe.channels(claim.name, axes)
         self._check_axes(claim, guidance, axes)
+        self._check_batch(claim, guidance, set() if inserted else probe.batches(claim.name, axes))
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
         if isinstance(module, PacFilter2d):
@@ -202,6 +203,15 @@ class Assembly:
                 "guidance",
             )
         )
+
+    def _check_batch(self, claim: Claim, guidance: int, batches: set[int]) -> None:
+        """A layer sees as many maps as its guidance has."""
+        planned = self.guidances[guidance]
+        shape = next((s for s in planned.shapes if s is not None), None)
+        for batch in sorted(batches):
+            if shape is not None and batch != shape[0]:
+                message = why_not_batch(claim.name, planned.sources[0], batch, shape[0])
+                self.faults.append((message, claim.group, "guidance"))
 
     def _check_channels(self, claim: Claim, group: Group, guidance: int, channels: int) -> None:
         """A kernel for each channel needs a guidance of as many."""

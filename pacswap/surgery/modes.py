@@ -59,6 +59,9 @@ class QuickShapes(TorchFunctionMode):
         if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             F._verify_batch_size(input.size())  # type: ignore[attr-defined]
         if func is F.layer_norm:
+            shape = tuple(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ()))
+            if tuple(input.shape[input.dim() - len(shape) :]) != shape:
+                return func(*args, **kwargs)  # which says what is wrong
             return torch.empty_like(input, memory_format=torch.contiguous_format)
         return torch.empty_like(input)
 

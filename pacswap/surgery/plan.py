@@ -202,6 +202,13 @@ class PlannedScope:
         """What makes the outputs of a module, or the node of that label, in all graphs."""
         return [node for trace in self.traces for node in trace.nodes_of(self.local(name))]
 
+    def full(self, local: str) -> str:
+        """A name relative to this module as the model spells it; the inverse of `local`."""
+        for name, inner in self.renamed:
+            if inner == local:
+                return name
+        return f"{self.module}.{local}" if self.module else local
+
     def local(self, name: str) -> str:
         """A dotted name relative to this module."""
         plain = name.removeprefix(f"{self.module}.") if self.module else name

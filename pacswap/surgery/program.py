@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
 
 from pacswap.nn.made import made_class
+from pacswap.surgery.hooks import is_hooked
 from pacswap.surgery.relay import Relay, graphed, relayed
 
 _SLOT = "_pacswap_program"
@@ -33,29 +35,43 @@ class Needs:
     Attributes:
         required: how many arguments have no default.
         defaults: the others, each with the default that the graph was traced with.
+        names: of the arguments without a default.
         one_mode: modules that have to be in the mode of the whole, because each mode has a graph.
+        entered: modules that dissolved into the graph: no hook of theirs would run.
     """
 
     required: int
     defaults: tuple[tuple[str, Any], ...] = ()
+    names: tuple[str, ...] = ()
     one_mode: tuple[str, ...] = ()
+    entered: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, function: Callable[..., Any], one_mode: tuple[str, ...] = ()) -> Needs:
+    def of(
+        cls,
+        function: Callable[..., Any],
+        one_mode: tuple[str, ...] = (),
+        entered: tuple[str, ...] = (),
+    ) -> Needs:
         """Those of a method's graph."""
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = list(inspect.signature(function).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in kinds]
         defaults = tuple((p.name, p.default) for p in named if p.default is not p.empty)
-        return cls(len(named) - len(defaults), defaults, one_mode)
+        names = tuple(p.name for p in named if p.default is p.empty)
+        return cls(len(names), defaults, names, one_mode, entered)
+
+
+_COMPARED = (bool, int, float, str, tuple, torch.dtype)
 
 
 def is_default(value: Any, defaults: tuple[tuple[str, Any], ...], name: str) -> bool:
     """Whether an argument has its default; one without a default may be anything."""
     for known, default in defaults:
         if known == name:
-            same = value is default
-            return same or (not isinstance(value, Tensor) and bool(value == default))
+            if value is default:
+                return True
+            return isinstance(value, _COMPARED) and bool(value == default)
     return True
 
 
@@ -146,10 +162,17 @@ class Program:
             training = module.training
             if any(module.get_submodule(name).training != training for name in needs.one_mode):
                 return False
+        if not torch.compiler.is_compiling() and any(
+            is_hooked(module.get_submodule(name)) for name in needs.entered
+        ):
+            return False  # it would not be called, nor its hooks
         extra = args[needs.required :]
         if not extra and not kwargs:
             return True
         names = [name for name, _ in needs.defaults]
+        known = {*names, *needs.names, *self.keywords}
+        if len(extra) > len(names) or not known.issuperset(kwargs):
+            return False
         asked = [*zip(names, extra, strict=False), *kwargs.items()]
         return all(is_default(value, needs.defaults, name) for name, value in asked)
 
@@ -198,10 +221,11 @@ def install(module: nn.Module, program: Program) -> None:
 
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
-    base = vars(type(module)).get("_pacswap_base")
+    base = getattr(type(module), "_pacswap_base", None)
     if base is not None:
         del vars(module)[_SLOT]
-        module.__class__ = base
+        if "_pacswap_base" in vars(type(module)):  # not a subclass that was made of it since
+            module.__class__ = base
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -239,7 +263,7 @@ def _other_ways(base: type[nn.Module], method: str) -> list[str]:
     `forward` is none where another method is replaced: it calls that one.
     """
     names = [n for n in dir(base) if n.startswith("forward") or n == "get_intermediate_layers"]
-    functions = [n for n in names if inspect.isfunction(getattr(base, n))]
+    functions = [n for n in names if inspect.isfunction(inspect.getattr_static(base, n))]
     return [name for name in functions if name not in (method, "forward")]
 
 

@@ -22,11 +22,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like, same_size
-from pacswap.surgery.modes import keeps_otherwise
 from pacswap.surgery.runtime import required_guidance
 from pacswap.surgery.spec import Resize
-
-_TAG = "_pacswap_frame"
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,8 @@ class Relay:
         if not isinstance(image, Tensor) or image.dim() < 3:
             return False
         owners = [_inner(root, g.owner) for g in self.guidances if g.sources == ("input",)]
-        wanted = {o.guidance.in_channels - 2 * o.guidance.position for o in owners}
+        places = image.dim() - 2
+        wanted = {o.guidance.in_channels - places * o.guidance.position for o in owners}
         return wanted <= {image.shape[1]}
 
     def is_checkpointing(self, root: nn.Module) -> bool:
@@ -85,6 +83,7 @@ class Frame:
         # By owner, in a list: a compiler's size has no hash.
         self.kernels: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         self.resumed_by: nn.Module | None = None
+        self.cut: list[tuple[str, Tensor]] = []  # what was noted without a gradient
         self.given: set[int] = set()  # the storages of the caller's tensors
 
     def kept(self) -> Frame:
@@ -129,16 +128,14 @@ class Frame:
                 f"the guidance '{name}' returned a {type(output).__name__}, expected one tensor."
             )
         if self.learns and not torch.is_grad_enabled() and self.relay.is_checkpointing(self.root):
-            raise GuidanceError(
-                f"the guidance '{name}' runs under reentrant gradient checkpointing, which would "
-                "cut its gradient off. Use the other kind: use_reentrant=False "
-                "(timm.layers.set_reentrant_ckpt(False))."
-            )
+            raise GuidanceError(_reentrant(name))
         if (index, place) in self.maps and self.resumed_by is None:
             raise GuidanceError(
                 f"the guidance '{name}' ran twice in one call of the network, so it is not known "
                 "which of its outputs guides. Swap with another guidance."
             )
+        if self.learns and not torch.is_grad_enabled():
+            self.cut.append((name, output))
         self.maps[index, place] = output.clone() if guidance.cloned[place] else output
         found = [self.maps.get((index, i)) for i in range(len(guidance.sources))]
         if all(value is not None for value in found):
@@ -159,6 +156,9 @@ class Frame:
             if "external" in guidance.sources:
                 required_guidance(None, enabled=True)
             return None
+        for name, noted in self.cut:  # reentrant checkpointing gives it one when it has returned
+            if noted.requires_grad:
+                raise GuidanceError(_reentrant(name))
         made, size = self.kernels.setdefault(owner, []), size_of(like)
         for known, kernel in made:
             if same_size(known, size):
@@ -176,12 +176,12 @@ class _Local(threading.local):
         self.frames: list[Frame | None] = []
 
 
-_local = _Local()
+local = _Local()
 
 
 def current() -> Frame | None:
     """The frame of the call that runs now in this thread, if there is one."""
-    return _local.frames[-1] if _local.frames else None
+    return local.frames[-1] if local.frames else None
 
 
 def relayed(
@@ -207,9 +207,11 @@ def relayed(
         return original(root, *args, **kwargs)
     learns = torch.is_grad_enabled()
     frame = Frame(root, relay, learns=learns)
-    if learns:  # tensors of this call alone, because frames are tied to them
+    if (
+        learns and not torch.compiler.is_compiling()
+    ):  # tensors of this call alone, because frames are tied to them
         args, kwargs = pytree.tree_map_only(Tensor, _own, (args, kwargs))
-        frame.given = {_storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
+        frame.given = {storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
     if relay.has("input"):
         first = _first_parameter(original)
         image = args[0] if args else kwargs.get(first)
@@ -217,7 +219,7 @@ def relayed(
             frame.give("input", image)
     if relay.has("external") and external is not None:
         frame.give("external", external)
-    _local.frames.append(frame)
+    local.frames.append(frame)
     try:
         if not learns or torch.compiler.is_compiling():
             return original(root, *args, **kwargs)
@@ -226,7 +228,7 @@ def relayed(
         with set_checkpoint_early_stop(False):
             return original(root, *args, **kwargs)
     finally:
-        _local.frames.pop()
+        local.frames.pop()
 
 
 @functools.cache
@@ -243,13 +245,13 @@ def graphed(
     root: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run a rewritten graph, which needs no frame, whatever runs around it."""
-    if not _local.frames:
+    if not local.frames:
         return function(root, *args, **kwargs)
-    _local.frames.append(None)
+    local.frames.append(None)
     try:
         return function(root, *args, **kwargs)
     finally:
-        _local.frames.pop()
+        local.frames.pop()
 
 
 class Supply:
@@ -268,7 +270,7 @@ class Supply:
         frame = current()
         if frame is not None:
             return frame.kernel(self.guidance, self.owner, like)
-        if not torch.compiler.is_compiling() and _is_backward():
+        if not torch.compiler.is_compiling() and is_backward():
             raise GuidanceError(
                 f"a layer of '{self.owner}' runs again in the backward pass, by gradient "
                 "checkpointing, and what guides it is not known there. Checkpoint a module that "
@@ -278,110 +280,12 @@ class Supply:
         return None
 
 
-class Tap:
-    """A forward hook on a source: it notes the output in the current frame."""
-
-    def __init__(self, sources: tuple[str, ...]) -> None:
-        self.sources = sources
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note the output."""
-        frame = current()
-        if frame is not None:
-            for source in self.sources:
-                frame.give(source, output)
-
-
-class Resume:
-    """A forward pre-hook on what gradient checkpointing may recompute.
-
-    The recomputation runs in the backward pass, when the frame is long closed. It begins with what
-    the forward pass began with, so that tensor carries the frame along, and its storage too: inside
-    another recomputation the tensor comes back detached.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Tie the frame to the input, or open the one that is tied to it."""
-        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
-            return
-        frame, input = current(), args[0]
-        if frame is None:
-            if _is_backward():
-                self._open(module, input)
-        elif torch.is_grad_enabled() and keeps_otherwise() is not False:
-            again = frame.resumed_by is not None
-            kept = frame.kept()
-            _tie(input, module, kept, again=again)
-            if _storage_key(input) not in frame.given:  # others may begin with that one too
-                _tie(input.untyped_storage(), module, kept, again=again)
-
-    def _open(self, module: nn.Module, input: Tensor) -> None:
-        for carrier in (input, input.untyped_storage()):
-            tied: _Tied | None = getattr(carrier, _TAG, None)
-            if tied is not None and module in tied.frames:
-                _local.frames.append(tied.frames[module].resume(module))
-                return
-
-
-def _tie(carrier: Any, module: nn.Module, kept: Frame, *, again: bool) -> None:
-    tied: _Tied | None = getattr(carrier, _TAG, None)
-    if tied is None:
-        tied = _Tied()
-        setattr(carrier, _TAG, tied)
-    if not again or module not in tied.frames:
-        tied.frames[module] = kept
-
-
-def _storage_key(value: Any) -> int:
-    return value.untyped_storage()._cdata if type(value) is Tensor else 0
-
-
-class _Tied:
-    """The frames that a tensor carries, by the module that was called with it."""
-
-    def __init__(self) -> None:
-        self.frames: dict[nn.Module, Frame] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the tensor carries none
-
-
-def _is_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-class Leave:
-    """A forward hook that closes what `Resume` opened, after an error too."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Close the frame if this module opened it."""
-        frame = current()
-        if frame is not None and frame.resumed_by is module:
-            _local.frames.pop()
-
-
-HOOKS = (Tap, Resume, Leave)
-
-
-def add_hooks(module: nn.Module, sources: tuple[str, ...]) -> None:
-    """Hook a module that is or contains a source or a layer.
-
-    Args:
-        module: the module.
-        sources: the names of those that it is, if any.
-    """
-    module.register_forward_pre_hook(Resume())
-    if sources:
-        module.register_forward_hook(Tap(sources))
-    module.register_forward_hook(Leave(), always_call=True)
-
-
-def remove_hooks(module: nn.Module) -> None:
-    """Undo `add_hooks`."""
-    for held in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in held.items() if isinstance(hook, HOOKS)]:
-            del held[key]
-            module._forward_hooks_always_called.pop(key, None)
+def _reentrant(name: str) -> str:
+    return (
+        f"the guidance '{name}' runs under reentrant gradient checkpointing, which would cut its "
+        "gradient off. Use the other kind: use_reentrant=False "
+        "(timm.layers.set_reentrant_ckpt(False))."
+    )
 
 
 def _value(tensor: Any) -> Any:
@@ -391,3 +295,13 @@ def _value(tensor: Any) -> Any:
 
 def _inner(root: nn.Module, name: str) -> Any:
     return root.get_submodule(name) if name else root
+
+
+def is_backward() -> bool:
+    """Whether this runs inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def storage_key(value: Any) -> int:
+    """What tells the storages of tensors apart; 0 of anything else."""
+    return value.untyped_storage()._cdata if type(value) is Tensor else 0

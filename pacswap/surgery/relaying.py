@@ -78,6 +78,10 @@ class RelayProbe:
         calls = [call for _, _, inside in self.runs(layer) for call in inside]
         return {call.input_shape[-axes - 1] for call in calls if call.input_shape is not None}
 
+    def batches(self, layer: str, axes: int) -> set[int]:
+        """None: `faults` has compared them."""
+        return set()
+
     def calls(self, layer: str) -> int:
         """How often a layer runs in one call of the scope."""
         return max(len(inside) for _, _, inside in self.runs(layer))
@@ -105,11 +109,17 @@ class RelayProbe:
         calls = [(seen, call) for seen, _, inside in self.runs(source) for call in inside]
         return any(call.order in seen.overwritten for seen, call in calls)
 
-    def sources(self, spec: GuidanceSpec) -> tuple[RelayedSource, ...]:
-        """Where each source is noted, and whether it has to be copied."""
+    def sources(self, spec: GuidanceSpec, copied: set[str]) -> tuple[RelayedSource, ...]:
+        """Where each source is noted, and whether it has to be copied.
+
+        Args:
+            spec: the guidance.
+            copied: those that the graphs, of train mode too, overwrite.
+        """
         names = resolve_sources(spec, self.model, self.passes[0])[1]
         return tuple(
-            RelayedSource(name, self._tapped(name), self._is_overwritten(name)) for name in names
+            RelayedSource(name, self._tapped(name), name in copied or self._is_overwritten(name))
+            for name in names
         )
 
     def _tapped(self, source: str) -> str:
@@ -168,12 +178,7 @@ class RelayProbe:
                 if call.input_shape is None:
                     return f"cannot feed '{layer}': what it filters is not one tensor."
                 if batch is not None and call.input_shape[0] != batch:
-                    return (
-                        f"cannot feed '{layer}' from '{source}': it filters {call.input_shape[0]} "
-                        f"maps where the guidance has {batch}. It runs on regions or windows of "
-                        "the image, or on several images at once; name a guidance that runs on the "
-                        "same ones."
-                    )
+                    return why_not_batch(layer, source, call.input_shape[0], batch)
         return None
 
     def _made(self, source: str, seen: Observation, order: int) -> Call | None:
@@ -199,6 +204,15 @@ class RelayProbe:
         shown = leaves[:2] + leaves[2:][-2:]
         hint = f" Layers that run earlier: {quoted(shown)}." if shown else ""
         return f"cannot feed '{layer}' from '{source}', which {verb}.{hint}"
+
+
+def why_not_batch(layer: str, source: str, has: int, guidance: int) -> str:
+    """The words for a layer that sees another number of maps than its guidance has."""
+    return (
+        f"cannot feed '{layer}' from '{source}': it filters {has} maps where the guidance has "
+        f"{guidance}. It runs on regions or windows of the image, or on several images at once; "
+        "name a guidance that runs on the same ones."
+    )
 
 
 _GIVEN = ("input", "external")

@@ -9,9 +9,10 @@ from torch import fx, nn
 from torch.fx.node import Node
 
 from pacswap.nn import resize_guidance
+from pacswap.surgery.hooks import add_hooks
 from pacswap.surgery.plan import Plan, PlannedGuidance, PlannedLayer, PlannedScope
 from pacswap.surgery.program import Needs, Program
-from pacswap.surgery.relay import Relay, RelayedGuidance, Supply, add_hooks
+from pacswap.surgery.relay import Relay, RelayedGuidance, Supply
 from pacswap.surgery.runtime import (
     blurred_size,
     fitting_features,
@@ -39,13 +40,14 @@ def program_of(model: nn.Module, plan: Plan, scope: PlannedScope) -> Program:
     )
     graphs = tuple(_rewired(model, trace, plan, scope, external) for trace in scope.traces)
     root = model.get_submodule(scope.module)
-    one_mode = tuple(scope.traces[0].entered) if scope.evaluate is not None else ()
+    entered = tuple(scope.traces[0].entered) if scope.traces else ()
+    one_mode = entered if scope.evaluate is not None else ()
     return Program.of(
         scope.method,
         graphs,
         ("guidance",) if external else (),
         relay_of(model, plan, scope),
-        Needs.of(getattr(type(root), scope.method), one_mode),
+        Needs.of(getattr(type(root), scope.method), one_mode, entered),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from pacswap.errors import PlanError, quoted
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance
 from pacswap.surgery.base import BASE, retake_base
+from pacswap.surgery.hooks import remove_hooks
 from pacswap.surgery.operations import OWN_ATTRIBUTES, adaptive_module, own_parameters, plain_module
 from pacswap.surgery.plan import Plan, PlannedLayer
 from pacswap.surgery.program import install, is_installed, uninstall
-from pacswap.surgery.relay import remove_hooks
 from pacswap.surgery.rewire import hook_up, program_of
 from pacswap.surgery.skeleton import copy_model
 from pacswap.surgery.targets import Target, in_words, why_not
@@ -93,11 +94,12 @@ def revert(model: nn.Module) -> nn.Module:
             _replace(plain, name, plain_module(module), forget=OWN_ATTRIBUTES)
         if is_installed(module):
             uninstall(module)
-    del vars(plain)[PLAN]
-    vars(plain).pop(BASE, None)
-    hooks = plain._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _accept_old_checkpoint]:
-        del hooks[key]
+    for module in plain.modules():  # an upgraded network may hold another one
+        vars(module).pop(PLAN, None)
+        vars(module).pop(BASE, None)
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _accept_old_checkpoint]:
+            del hooks[key]
     return plain
 
 
@@ -224,6 +226,28 @@ def _replace(model: nn.Module, name: str, new: nn.Module, *, forget: Collection[
         for key, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[key] = new
+        for key, value in list(vars(parent).items()):
+            if isinstance(value, list | tuple | dict) and key not in _OWN_OF_MODULES:
+                vars(parent)[key] = _with(value, old, new)
+
+
+_OWN_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _with(held: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A list, tuple or dictionary of a network's own, with one module in another's place."""
+    if held is old:
+        return new
+    if type(held) in (list, tuple):
+        made = [_with(item, old, new) for item in held]
+        if type(held) is list:
+            held[:] = made
+            return held
+        return tuple(made) if any(a is not b for a, b in zip(made, held, strict=True)) else held
+    if type(held) in (dict, OrderedDict):
+        for key, item in held.items():
+            held[key] = _with(item, old, new)
+    return held
 
 
 def _accept_old_checkpoint(module: nn.Module, incompatible: Any) -> None:

@@ -353,7 +353,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _context() -> tuple[bool | None, ...]:
-    """What `with` statements and gradient checkpointing change without leaving a node in a graph."""
+    """What `with` statements and checkpointing change without leaving a node in a graph."""
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
     return *modes, keeps_otherwise()

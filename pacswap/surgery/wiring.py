@@ -62,6 +62,23 @@ class Probe:
         local = self.scope.local(layer)
         return max(len(trace.nodes_of(local)) for trace in self.scope.traces)
 
+    def overwritten_sources(self) -> set[str]:
+        """The names of modules whose output, and `input` if the image, is changed in place."""
+        found = set()
+        for trace in self.scope.traces:
+            for local, values in trace.outputs.items():
+                if any(isinstance(v, fx.Proxy) and v.node in self.overwritten for v in values):
+                    found.add(self.scope.full(local))
+            first = next(node for node in trace.graph.nodes if node.op == "placeholder")
+            if first in self.overwritten:
+                found.add("input")
+        return found
+
+    def batches(self, layer: str, axes: int) -> set[int]:
+        """How many maps a layer filters at its calls; none of what is not batched."""
+        shapes = [self.shape(node.all_input_nodes[0]) for node in self.scope.nodes_of(layer)]
+        return {shape[0] for shape in shapes if shape is not None and len(shape) == axes + 2}
+
     def locate(self, scope: PlannedScope, spec: GuidanceSpec) -> Located:
         """The sources of a guidance, with what they return."""
         return locate_guidance(scope, spec, self)
