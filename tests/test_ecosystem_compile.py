@@ -69,7 +69,7 @@ def test_gradients_are_those_of_eager(name: str, blend: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dynamic", "sizes"),
-    [("same", True, SIZES[:3]), ("relayed_image", False, SIZES[:1])],
+    [("dense", True, SIZES[:3]), ("relayed_image", False, SIZES[:1])],
 )
 def test_inductor_compiles_it(name: str, dynamic: bool, sizes: list[tuple[int, int]]) -> None:
     model = NETWORKS[name].upgraded(0.5)

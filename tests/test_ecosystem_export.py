@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("onnx")
 
 
-ONNX = ["same", "strided", "relayed_image", "pool", "upsample"]
+ONNX = ["same", "relayed_image", "upsample"]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
