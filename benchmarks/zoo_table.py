@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo_checks import CHECKS, PROMISES, SWAP
+from zoo_models import models
 
 Row = dict[str, Any]
 
@@ -130,6 +131,7 @@ def _introduction(
         ),
         none=none,
         rows=len(rows),
+        known=len(models()),
         families=len({row["family"] for row in seen}),
         share=100 * total.reachable / max(total.convolutions, 1),
         total=total,
@@ -146,7 +148,8 @@ they keep their promises right after it. Generated: `benchmarks/zoo_table.py` ha
     python benchmarks/zoo.py --table {file} > docs/zoo.md
 
 Made with {versions}.
-{none} of {rows} models have no convolution to swap and are left out.
+Examined so far: {rows} of the {known} models of both libraries, in no particular order. {none} of
+them have no convolution to swap and are left out.
 
 - **{total.models}** models of {families} families have {total.convolutions} convolutions;
   **{total.reachable}** of them ({share:.2f} %) are reachable.
