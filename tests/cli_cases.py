@@ -79,5 +79,4 @@ CALLS = {
     "models by a broken pattern": (["ls", "models", "re:("], "'re:(' is not a regular expression: missing ), unterminated subpattern at position 0."),
     "layers of nothing": (["ls", "layers", "torchvision/alexnt"], "torchvision has no model 'alexnt'. Nearest: 'alexnet', 'googlenet'. List them: pacswap ls models torchvision"),
     "layers of a stranger": (["ls", "layers", "python/os:system"], "library 'python' runs the code of 'os:system'. If you trust it, say so: --trust-python on the command line, trust_python=True in Python."),
-    "layers without images": (["ls", "layers", "torchvision/raft_small"], "RAFT does not run on an example input of shape (1, 3, 224, 224): TypeError: RAFT.forward() missing 1 required positional argument: 'image2'. Pass example_input=… with a shape that the model takes."),
 }  # fmt: skip

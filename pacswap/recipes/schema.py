@@ -67,6 +67,7 @@ class ModelSection(Section):
     input_size: (
         Annotated[
             tuple[Positive, ...],
+            Field(min_length=3, max_length=4),
             Strict(False),
             exactly((3, 4), "three whole numbers (channels, height, width)"),
         ]

@@ -193,6 +193,7 @@ def probe(
     eligible, left_out = _eligible(model, asked, example)
     answers: list[Answer] = []
     plans: dict[str, Plan] = {}
+    fed: set[str] = set()
     for number, spec in enumerate(specs):
         group = replace(asked, layers=tuple(eligible), guidance=spec)
         title = _title(spec)
@@ -209,9 +210,12 @@ def probe(
             left_out.append((title, str(error)))
             continue
         plans[title] = plan.record()
+        fed.update(names(plan.layers))
         answers += [_answer(plan, name, title, gradients[name]) for name in gradients]
         resting = [name for name in names(plan.layers) if name not in gradients]
         left_out += [(name, "it rests in eval mode") for name in resting]
+    unfed = [name for name in eligible if name not in fed]
+    left_out += [(name, "no guidance that was tried can feed it") for name in unfed]
     if not answers:
         listed = "\n".join(f"  - {name}: {why}" for name, why in left_out)
         raise PlanError(f"nothing of {type(model).__name__} could be probed:\n{listed}")
