@@ -326,7 +326,8 @@ def test_the_table(tmp_path, capsys):
     zoo.main(["--table", str(out)])
     page = capsys.readouterr().out
     assert page == table(ROWS, "zoo.jsonl")
-    assert "1 of 5 models have no convolution to swap" in page
+    assert "Examined so far: 5 of the" in page
+    assert "1 of\nthem have no convolution to swap" in page
     assert "| timm f | 4 (1 failed) | 15 | 13 | 1 of 2 | 1 | 1/1 | 1/1 | 0/1 | 2: [1] |" in page
     assert "1. 2 in 1 models, such as `a.b` of timm reached: it is | so" in page
     assert "- timm broken, the class is kept: figure" in page

@@ -213,8 +213,7 @@ def relayed(
         args, kwargs = pytree.tree_map_only(Tensor, _own, (args, kwargs))
         frame.given = {storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
     if relay.has("input"):
-        first = _first_parameter(original)
-        image = args[0] if args else kwargs.get(first)
+        image = args[0] if args else kwargs.get(_first_parameter(original))
         if relay.takes(root, image):
             frame.give("input", image)
     if relay.has("external") and external is not None:
