@@ -24,19 +24,6 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing off for the moment: a trace would hold what it wraps."""
-    flagged = [m for m in model.modules() if getattr(m, "grad_checkpointing", False)]
-    try:
-        for module in flagged:
-            module.grad_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in flagged:
-            module.grad_checkpointing = True  # type: ignore[assignment]
-
-
 # Functions whose result is like their first argument.
 _LIKE_INPUT = (F.batch_norm, F.layer_norm, F.group_norm, F.gelu, F.softmax)
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from pacswap.errors import nearest, quoted
 from pacswap.surgery.checks import why_not_entered
-from pacswap.surgery.modes import without_checkpointing
 from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.select import is_pattern, matching
 from pacswap.surgery.skeleton import FUNCTION, Call, Entry, Observation
@@ -152,8 +151,7 @@ class ScopeFinder:
         name, method = draft.entry
         enter = [scope.local(inner) for inner in draft.enter]
         module = self.bones.get_submodule(name)
-        with without_checkpointing(module):
-            train, evaluate = trace_modes(module, method, enter, self.bones.train)
+        train, evaluate = trace_modes(module, method, enter, self.bones.train)
         return replace(scope, train=train, evaluate=evaluate)
 
 
