@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pacswap import ops
 from pacswap.errors import GuidanceError
 from pacswap.nn.guidance import Like
-from pacswap.nn.kernel import AdaptingKernel
+from pacswap.nn.kernel import AdaptingKernel, KernelOptions
+from pacswap.nn.recompute import recomputed
 
 MASKED = "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
 
@@ -20,6 +22,8 @@ ADDED = (
     "blend",
     "adapting_kernel",
     "enabled",
+    "held",
+    "recompute",
     "guided_by",
     "supply",
     "shared_filters",
@@ -40,24 +44,38 @@ class Adaptive:
             `kernel=` (it shares another's, or its form is `external`).
         takes_kernel: whether it can be called with `kernel=`; a CRF makes its kernels itself.
         enabled: False inside `pacswap.disabled`: the layer is then what it was before.
+        held: whether `rest` was called; `is_resting` says whether that still holds.
+        recompute: whether the backward pass computes again what the layer adapts, instead of
+            keeping it.
         guided_by: set by surgery, for the message of a call that forgets the guidance.
         supply: set by surgery: from what has the layer's resolution to the kernel of the call that
             runs now, or to None.
     """
 
     takes_kernel = True
+    # On the class too: layers that an earlier version pickled have them not.
+    held: bool = False
+    recompute: bool = False
     blend: nn.Parameter
     adapting_kernel: AdaptingKernel | None
     enabled: bool
     guided_by: str | None
     supply: Callable[[Like], Tensor | None] | None
 
-    def _adapt(self, blend: float, kernel: AdaptingKernel | None, like: Tensor | None) -> None:
+    def _adapt(
+        self,
+        blend: float,
+        kernel: AdaptingKernel | None,
+        like: Tensor | None,
+        options: KernelOptions,
+    ) -> None:
         """Add what is adaptive; device and dtype are those of `like`."""
         zero = torch.zeros(()) if like is None else like.new_zeros((), requires_grad=False)
         self.blend = nn.Parameter(torch.full_like(zero, blend))
         self.adapting_kernel = kernel
         self.enabled = True
+        self.held = False
+        self.recompute = options.get("recompute", False)
         self.guided_by = None
         self.supply = None
 
@@ -133,15 +151,67 @@ class Adaptive:
             "path as it was before the swap."
         )
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether nothing has to be computed for it: it is disabled, or its blend is fixed at 0.
+
+        Fixed is a blend that does not learn (`blend.requires_grad_(False)`). On the CPU its value
+        is looked at each time; elsewhere that would stall the device, and under a compiler there
+        is no value, so there the layer rests if it was told to (`rest`). A layer that rests passes
+        no gradient to its kernel and its guidance, and needs neither; if all that share a kernel
+        or a guidance rest, it is not computed.
+        """
+        if not self.enabled:
+            return True
+        if self.blend.requires_grad:
+            return False
+        if self._is_readable():
+            return self.blend.detach().item() == 0
+        return self.held
+
+    def rest(self) -> None:
+        """Fix the blend at 0: the layer is what it was before, and nothing is computed for it.
+
+        On any device and under a compiler. It ends when `blend` learns again
+        (`blend.requires_grad_()`), or when a state_dict is loaded whose blend is not 0.
+        """
+        with torch.no_grad():
+            self.blend.zero_()
+        self.blend.requires_grad_(False)
+        self.held = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        if self.held:
+            self.held = not self.blend.is_meta and self.blend.detach().item() == 0
+
+    def _again(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`; with `recompute` the backward pass keeps the arguments alone."""
+        return recomputed(function, *args) if self.recompute else function(*args)
+
+    def _is_readable(self) -> bool:
+        """Whether looking at the blend's value costs nothing."""
+        if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return type(self.blend) in (nn.Parameter, Tensor)
+
     def _is_plain(self) -> bool:
         """Whether `blend` is exactly 0: what was there before is the answer to the last bit.
 
         Asked on the CPU only: elsewhere looking at a value would stall the device, and under a
         compiler there is no value to look at.
         """
-        if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return type(self.blend) in (nn.Parameter, Tensor) and self.blend.detach().item() == 0
+        return self._is_readable() and self.blend.detach().item() == 0
+
+    def _blended(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
+        """K_a = 1 + blend·(K − 1) in the dtype of what it weighs.
+
+        Of `lerp` the backward pass keeps K, which is there anyway, and not K − 1.
+        """
+        # In a half precision K − 1 would round away what a small K is.
+        wide = ops.compute_dtype(kernel.dtype)
+        one = torch.ones((), dtype=wide, device=kernel.device)
+        return torch.lerp(one, kernel.to(wide), self.blend.to(wide)).to(dtype)
 
     def _rests(self, *learning: Tensor) -> bool:
         """Whether what was there before is all that is asked for: neither value nor gradient more.
@@ -149,10 +219,12 @@ class Adaptive:
         Args:
             *learning: what may learn through the adapted part, beside the blend.
         """
-        if not self._is_plain():
-            return False
+        return self._is_plain() and not self._learns(*learning)
+
+    def _learns(self, *learning: Tensor) -> bool:
+        """Whether the blend, or what is named beside it, asks for a gradient."""
         learns = any(tensor.requires_grad for tensor in (self.blend, *learning))
-        return not (torch.is_grad_enabled() and learns)
+        return torch.is_grad_enabled() and learns
 
     def _toward(self, plain: Tensor, adapted: Tensor) -> Tensor:
         """Plain + blend · (adapted − plain): exactly `plain` at 0 and `adapted` at 1.

@@ -66,7 +66,7 @@ class AdaptiveConv(Adaptive):
             made = {"device": self.weight.device, "dtype": self.weight.dtype}
             name, channels = type(self).__name__, self.in_channels
             kernel = kernel_for(name, self.window, options, channels=channels, **made)
-        self._adapt(blend, kernel, self.weight)
+        self._adapt(blend, kernel, self.weight, options)
 
     def forward(
         self, input: Tensor, guidance: Tensor | None = None, *, kernel: Tensor | None = None
@@ -89,20 +89,20 @@ class AdaptiveConv(Adaptive):
         if input.dim() == 1 + len(self.kernel_size):
             guidance, kernel = (None if t is None else t.unsqueeze(0) for t in (guidance, kernel))
             return self.forward(input.unsqueeze(0), guidance, kernel=kernel).squeeze(0)
-        if not self.enabled:
+        if self.is_resting:
             return self._convolved(input)
-        kernel = self._kernel(guidance, kernel, like=input)
-        blended = ops.blended(kernel, self.blend).to(input.dtype)
-        return self._adapted(input, blended)
+        return self._again(self._adapted, input, self._kernel(guidance, kernel, like=input))
 
-    def _adapted(self, input: Tensor, blended: Tensor) -> Tensor:
+    def _adapted(self, input: Tensor, kernel: Tensor) -> Tensor:
         """PAC; at blend 0 the plain convolution to the last bit, with the kernel's gradient."""
         window, groups = self.window, self.groups
         if not self._is_plain():
+            blended = self._blended(kernel, input.dtype)
             return ops.convolve(input, blended, self.filters, self.bias, window, groups, "auto")
         output = self._convolved(input)
-        if not (torch.is_grad_enabled() and blended.requires_grad):
+        if not self._learns(kernel):
             return output
+        blended = self._blended(kernel, input.dtype)
         return ops.attach_kernel_gradient(
             output, input, blended, self.filters, window=window, groups=groups
         )

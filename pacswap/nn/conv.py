@@ -46,8 +46,9 @@ class PacConv2d(AdaptiveConv, nn.Conv2d):
         **kernel_options: how K is made: `form`, `alpha`, `lambd`, `asymmetric`, `smoothing`,
             `smoothing_size`, `channel_wise`, `distance`, `bandwidth`, `standardize`, `normalize`
             and `learnable`, as for `AdaptingKernel`; `form="external"` makes none, and the layer
-            is called with `kernel=`. With `channel_wise` the guidance has C_in
-            channels.
+            is called with `kernel=`. With `channel_wise` the guidance has C_in channels.
+            `recompute=True` is for the whole layer: it keeps its input and K for the backward pass
+            and computes the rest again there, for less memory and more time.
 
     Raises:
         ShapeError: an option is out of range.

@@ -93,7 +93,7 @@ class PacCRF(Adaptive, nn.Module):
             PairwiseTerm(channels, kernel, steps=own, device=device, dtype=dtype, **kernel_options)
             for kernel in terms
         )
-        self._adapt(blend, None, self.unary_weight)
+        self._adapt(blend, None, self.unary_weight, kernel_options)
 
     @property
     def terms(self) -> list[PairwiseTerm]:
@@ -118,11 +118,14 @@ class PacCRF(Adaptive, nn.Module):
             GuidanceError: a term looks at the guidance and there is none.
             ShapeError: the tensors disagree.
         """
-        if not self.enabled:
+        if self.is_resting:
             return self._finished(unary)
         guidances = self._guidances(unary, guidance)
         if self._rests():
             return self._finished(unary)
+        return self._again(self._blended_labels, unary, *guidances)
+
+    def _blended_labels(self, unary: Tensor, *guidances: Tensor | None) -> Tensor:
         logits = unary.to(ops.compute_dtype(unary.dtype))
         log_q = self._inferred(logits, unary.dtype, guidances)
         return self._finished(self._toward(logits, log_q)).to(unary.dtype)

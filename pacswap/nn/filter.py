@@ -86,7 +86,7 @@ class PacFilter2d(Adaptive, nn.Module):
         kernel_options.setdefault("normalize", "sum")
         name, made = type(self).__name__, {"device": device, "dtype": dtype}
         kernel = kernel_for(name, window, kernel_options, channels=channels, **made)
-        self._adapt(blend, kernel, self.weight)
+        self._adapt(blend, kernel, self.weight, kernel_options)
 
     def forward(
         self, input: Tensor, guidance: Tensor | None = None, *, kernel: Tensor | None = None
@@ -105,11 +105,12 @@ class PacFilter2d(Adaptive, nn.Module):
             GuidanceError: neither `guidance` nor `kernel` was given, or both.
             ShapeError: the tensors disagree.
         """
-        if not self.enabled:
+        if self.is_resting:
             return input
         kernel = self._kernel(None if guidance is None else reduced(guidance, self.blur), kernel)
-        if self._rests(kernel):
-            return input
+        return input if self._rests(kernel) else self._again(self._filtered, input, kernel)
+
+    def _filtered(self, input: Tensor, kernel: Tensor) -> Tensor:
         kernel = kernel.to(input.dtype)
         if self.blur == 1:
             for weight in self.weight.chunk(self.steps):

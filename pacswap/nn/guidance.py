@@ -84,22 +84,23 @@ class Guidance(nn.Module):
             weight = _orthogonal(channels, in_channels).to(device=device, dtype=dtype)
             self.project.weight = nn.Parameter(weight.view(self.project.weight.shape))
 
-    def forward(self, *features: Tensor) -> Tensor | None:
+    def forward(self, *features: Tensor | None) -> Tensor | None:
         """Adapting features of maps, as large as the first one.
 
         Args:
             *features: [B, D_i, H_i, W_i]; or sequences [B, D_i, L_i], or videos
-                [B, D_i, T_i, H_i, W_i].
+                [B, D_i, T_i, H_i, W_i]; None where all layers rest that it is for.
 
         Returns:
-            [B, D, H, W], [B, D, L] or [B, D, T, H, W]; None inside `pacswap.disabled`.
+            [B, D, H, W], [B, D, L] or [B, D, T, H, W]; None inside `pacswap.disabled`, and of None.
         """
-        if not self.enabled:
+        given = tuple(f for f in features if f is not None)
+        if not self.enabled or len(given) < len(features):
             return None
-        first = features[0]
-        if self.project is not None and len(features) > 1 and not self.position:
-            return self._projected(features)
-        maps = [resize_guidance(f, first, "bilinear") for f in features]
+        first = given[0]
+        if self.project is not None and len(given) > 1 and not self.position:
+            return self._projected(given)
+        maps = [resize_guidance(f, first, "bilinear") for f in given]
         if self.position:
             maps = [_positions(first), *maps]
         joined = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pacswap import ops
 from pacswap.errors import ShapeError, nearest_hint
+from pacswap.nn.recompute import recomputed
 from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window
 from pacswap.ops.kernel import check_options
 from pacswap.ops.window import Padding, Size2
@@ -36,6 +37,7 @@ class KernelOptions(TypedDict, total=False):
     standardize: bool
     normalize: Literal["none", "sum", "mean"]
     learnable: bool
+    recompute: bool
 
 
 class AdaptingKernel(nn.Module):
@@ -66,6 +68,7 @@ class AdaptingKernel(nn.Module):
         standardize: bring each channel of each image to mean 0 and variance 1 first.
         normalize: `"none"`, `"sum"` (the paper's) or `"mean"` (weight-preserving).
         learnable: False keeps bandwidth, α and λ as buffers.
+        recompute: keep the guidance alone for the backward pass and compute distances again there.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -77,6 +80,7 @@ class AdaptingKernel(nn.Module):
         torch.Size([1, 1, 9, 8, 8])
     """
 
+    recompute: bool = False  # on the class too, for what an earlier version pickled
     window: Any  # one of ops.AnyWindow; which one, its owner knows
     log_bandwidth: Tensor
     alpha: Tensor
@@ -104,6 +108,7 @@ class AdaptingKernel(nn.Module):
         standardize: bool = False,
         normalize: Literal["none", "sum", "mean"] = "none",
         learnable: bool = True,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,6 +131,7 @@ class AdaptingKernel(nn.Module):
         )
         self.form, self.distance, self.asymmetric = form, distance, asymmetric
         self.standardize, self.normalize, self.channel_wise = standardize, normalize, channel_wise
+        self.recompute = recompute
         # False inside `pacswap.disabled`: nothing is computed.
         self.enabled = True
         wide = () if channels is None or not channel_wise else (channels,)
@@ -185,10 +191,16 @@ class AdaptingKernel(nn.Module):
             mask: as in `ops.adapting_kernel`, above 0 where the input is valid.
 
         Returns:
-            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`.
+            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`, and where all layers
+            rest that it is for.
         """
         if not self.enabled or guidance is None:
             return None
+        if self.recompute:
+            return recomputed(self._made, guidance, mask)
+        return self._made(guidance, mask)
+
+    def _made(self, guidance: Tensor, mask: Tensor | None) -> Tensor:
         numbers: dict[str, Any] = {}
         if self.form != "constant":
             # In the kernel's precision: a bandwidth in half precision would be rounded twice.
@@ -247,6 +259,7 @@ class AdaptingKernel(nn.Module):
         geometry = ("kernel_size", "stride", "pad", "dilation", "padding_mode")
         words = [f"{name}={getattr(self.window, name)!r}" for name in geometry]
         names = ("form", "distance", "standardize", "normalize", "smoothing", "channel_wise")
+        names += ("recompute",) if self.recompute else ()
         return ", ".join(words + [f"{name}={getattr(self, name)!r}" for name in names])
 
 

@@ -86,7 +86,8 @@ class PacPool2d(Adaptive, nn.Module):
             self.plain = nn.AvgPool2d(size, step, pad, ceil_mode, count_include_pad=False)
         name, made = type(self).__name__, {"device": device, "dtype": dtype}
         kernel = kernel_for(name, self.window, kernel_options, channels=channels, **made)
-        self._adapt(blend, kernel, torch.zeros((), device=device, dtype=dtype))
+        zero = torch.zeros((), device=device, dtype=dtype)
+        self._adapt(blend, kernel, zero, kernel_options)
 
     def forward(
         self,
@@ -119,13 +120,14 @@ class PacPool2d(Adaptive, nn.Module):
             return made.squeeze(0) if mask is None else tuple(t.squeeze(0) for t in made)
         if mask is not None:
             return self._masked(input, guidance, kernel, mask)
-        if not self.enabled:
-            return self.plain(input)
+        plain = self.plain(input)
+        if self.is_resting:
+            return plain
         kernel = self._kernel(guidance, kernel, like=input)
-        if self._rests(kernel):
-            return self.plain(input)
-        adapted = ops.pac_pool2d(input, kernel.to(input.dtype), self.window)
-        return self._toward(self.plain(input), adapted)
+        return plain if self._rests(kernel) else self._again(self._pooled, plain, input, kernel)
+
+    def _pooled(self, plain: Tensor, input: Tensor, kernel: Tensor) -> Tensor:
+        return self._toward(plain, ops.pac_pool2d(input, kernel.to(input.dtype), self.window))
 
     def _masked(
         self, input: Tensor, guidance: Tensor | None, kernel: Tensor | None, mask: Tensor
@@ -191,7 +193,8 @@ class PacPool2d(Adaptive, nn.Module):
             **kernel_options,
         )
         layer.plain = pool
-        layer._adapt(blend, layer.adapting_kernel if own_kernel else None, like)
+        kernel = layer.adapting_kernel if own_kernel else None
+        layer._adapt(blend, kernel, like, kernel_options)
         return layer.train(pool.training)
 
     def to_pool(self) -> nn.Module:

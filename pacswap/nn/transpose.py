@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
         kernel = None
         if not is_external(kernel_options, type(self).__name__):
             kernel = self._make_kernel(device, dtype, kernel_options)
-        self._adapt(blend, kernel, self.weight)
+        self._adapt(blend, kernel, self.weight, kernel_options)
 
     def _make_kernel(
         self,
@@ -153,16 +154,21 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
         options = self._options(input, asked)
         if mask is not None:
             return self._masked(input, guidance, kernel, mask, options)
-        if not self.enabled:
+        if self.is_resting:
             return F.conv_transpose2d(input, self.weight, self.bias, **options)
         like = self._reached(input.shape[-2:], options["output_padding"])
         kernel = self._kernel(guidance, kernel, like=like)
-        blended = ops.blended(kernel, self.blend).to(input.dtype)
+        return self._again(functools.partial(self._adapted, options), input, kernel)
+
+    def _adapted(self, options: dict[str, Any], input: Tensor, kernel: Tensor) -> Tensor:
+        """PAC; at blend 0 the plain layer to the last bit, with the kernel's gradient."""
         if not self._is_plain():
+            blended = self._blended(kernel, input.dtype)
             return ops.pac_conv_transpose2d(input, blended, self.weight, self.bias, **options)
         output = F.conv_transpose2d(input, self.weight, self.bias, **options)
-        if not (torch.is_grad_enabled() and blended.requires_grad):
+        if not self._learns(kernel):
             return output
+        blended = self._blended(kernel, input.dtype)
         window, steps = self._geometry(options["output_padding"])
         return ops.attach_kernel_gradient(
             output,
@@ -256,7 +262,7 @@ class PacConvTranspose2d(Adaptive, nn.ConvTranspose2d):
         layer.weight, layer.bias = conv.weight, conv.bias
         weight = conv.weight
         kernel = layer._make_kernel(weight.device, weight.dtype, kernel_options)
-        layer._adapt(blend, kernel if own_kernel else None, weight)
+        layer._adapt(blend, kernel if own_kernel else None, weight, kernel_options)
         return layer.train(conv.training)
 
     def to_conv(self) -> nn.ConvTranspose2d:
