@@ -191,8 +191,8 @@ class AdaptingKernel(nn.Module):
             mask: as in `ops.adapting_kernel`, above 0 where the input is valid.
 
         Returns:
-            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`, and where all layers
-            rest that it is for.
+            K, [B, 1 or D, KH*KW, H_out, W_out]; None inside `pacswap.disabled`, and where all
+            layers rest that it is for.
         """
         if not self.enabled or guidance is None:
             return None
@@ -258,8 +258,8 @@ class AdaptingKernel(nn.Module):
         """The options, as `print(model)` shows them."""
         geometry = ("kernel_size", "stride", "pad", "dilation", "padding_mode")
         words = [f"{name}={getattr(self.window, name)!r}" for name in geometry]
-        names = ("form", "distance", "standardize", "normalize", "smoothing", "channel_wise")
-        names += ("recompute",) if self.recompute else ()
+        names = ["form", "distance", "standardize", "normalize", "smoothing", "channel_wise"]
+        names += ["recompute"] if self.recompute else []
         return ", ".join(words + [f"{name}={getattr(self, name)!r}" for name in names])
 
 

@@ -18,10 +18,10 @@ _exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", 
 
 
 def recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
-    """`function(*args)`, of which the backward pass keeps the arguments and computes the rest again.
+    """`function(*args)`, of which the arguments are kept for the backward pass and no more.
 
-    Autocast is then as it was. Where no gradient is asked for, and in an export, which has no
-    backward pass, the function is just called.
+    The rest is computed again there, under the same autocast. Where no gradient is asked for, and
+    in an export, which has no backward pass, the function is just called.
 
     Args:
         function: of tensors and whatever it holds itself; nothing in it is random.

@@ -143,6 +143,11 @@ class KernelSection(Section):
         default=KernelSpec.learnable,
         description="Whether bandwidth, alpha and lambda learn.",
     )
+    recompute: bool = Field(
+        default=KernelSpec.recompute,
+        description="Compute distances and products again in the backward pass instead of keeping "
+        "them: less memory, more time.",
+    )
 
     @classmethod
     def breaches(cls, raw: Mapping[str, Any]) -> Iterator[Breach]:

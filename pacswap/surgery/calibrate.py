@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pacswap.errors import PlanError
 from pacswap.nn import AdaptingKernel, Adaptive, Guidance, PairwiseTerm, reduced
-from pacswap.surgery.modes import kept_modes, kept_random
+from pacswap.surgery.modes import awake, kept_modes, kept_random
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.skeleton import ExampleInput
 
@@ -65,7 +65,7 @@ def calibrate(model: nn.Module, plan: Plan, batch: ExampleInput) -> dict[str, fl
     args = batch if isinstance(batch, tuple) else (batch,)
     args = pytree.tree_map_only(Tensor, lambda t: _like(t, parameter), args)
     try:
-        with torch.no_grad(), kept_modes(model), kept_random():
+        with torch.no_grad(), kept_modes(model), kept_random(), awake(model):
             model.eval()
             if kernels:
                 with _without_external(model, plan):

@@ -44,7 +44,7 @@ def check_kernel(spec: KernelSpec, where: str, faults: list[str]) -> None:
         check_word(f"{where}.normalize", spec.normalize, get_args(Normalize), faults)
     check_word(f"{where}.distance", spec.distance, get_args(Distance), faults)
     check_word(f"{where}.smoothing", spec.smoothing, get_args(Smoothing), faults)
-    for key in ("standardize", "asymmetric", "channel_wise", "learnable"):
+    for key in ("standardize", "asymmetric", "channel_wise", "learnable", "recompute"):
         check_flag(f"{where}.{key}", getattr(spec, key), faults)
     for key in ("blend", "alpha", "lambd"):
         check_number(f"{where}.{key}", getattr(spec, key), faults)

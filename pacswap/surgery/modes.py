@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pacswap.nn import Adaptive
+
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
@@ -22,6 +24,20 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Let layers that rest make their kernels for the moment, to look at these."""
+    layers = [module for module in model.modules() if isinstance(module, Adaptive)]
+    fixed = [layer.blend for layer in layers if not layer.blend.requires_grad]
+    try:
+        for blend in fixed:
+            blend.requires_grad_(True)
+        yield
+    finally:
+        for blend in fixed:
+            blend.requires_grad_(False)
 
 
 # Functions whose result is like their first argument.

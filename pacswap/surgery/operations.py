@@ -39,7 +39,15 @@ _CONVS: dict[type[nn.Module], type[AdaptiveConv]] = {
 }
 
 # What pixel-adaptive layers have and plain ones have not.
-OWN_ATTRIBUTES = ("enabled", "guided_by", "supply", "shared_filters", "window")
+OWN_ATTRIBUTES = (
+    "enabled",
+    "held",
+    "recompute",
+    "guided_by",
+    "supply",
+    "shared_filters",
+    "window",
+)
 
 
 def adaptive_module(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like, same_size
-from pacswap.surgery.runtime import required_guidance
+from pacswap.surgery.runtime import needed, required_guidance
 from pacswap.surgery.spec import Resize
 
 
@@ -35,12 +35,14 @@ class RelayedGuidance:
         owner: the module under which the `Guidance` is stored, relative to the scope.
         resize: how the features get to a layer's resolution.
         cloned: which sources are overwritten in place later and so have to be copied.
+        layers: the modules that it feeds, relative to the scope.
     """
 
     sources: tuple[str, ...]
     owner: str
     resize: Resize
     cloned: tuple[bool, ...]
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Frame:
         self.root, self.relay, self.learns = root, relay, learns
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: dict[int, Tensor | None] = {}
-        # By owner, in a list: a compiler's size has no hash.
+        # By guidance and by owner, in lists: a compiler's size has no hash.
+        self.resized: dict[int, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         self.kernels: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         self.resumed_by: nn.Module | None = None
         self.cut: list[tuple[str, Tensor]] = []  # what was noted without a gradient
@@ -96,16 +99,15 @@ class Frame:
         kept.given = self.given
         kept.maps = {key: _value(held) for key, held in self.maps.items()}
         kept.features = {key: _value(held) for key, held in self.features.items()}
-        kept.kernels = {
-            owner: [(size, _value(held)) for size, held in made]
-            for owner, made in self.kernels.items()
-        }
+        kept.resized = {key: _values(made) for key, made in self.resized.items()}
+        kept.kernels = {owner: _values(made) for owner, made in self.kernels.items()}
         return kept
 
     def resume(self, module: nn.Module) -> Frame:
         """A kept frame as the recomputation of one of its modules finds it."""
         again = Frame(self.root, self.relay, learns=True)
         again.maps, again.features = dict(self.maps), dict(self.features)
+        again.resized = {key: list(made) for key, made in self.resized.items()}
         again.kernels = {owner: list(made) for owner, made in self.kernels.items()}
         again.resumed_by, again.given = module, self.given
         return again
@@ -141,6 +143,8 @@ class Frame:
         if all(value is not None for value in found):
             # Under no_grad too: what projects the guidance has to learn.
             with torch.set_grad_enabled(self.learns):
+                layers = tuple(_inner(self.root, name) for name in guidance.layers)
+                found[0] = needed(found[0], layers)
                 self.features[index] = _inner(self.root, guidance.owner).guidance(*found)
 
     def kernel(self, index: int, owner: str, like: Like) -> Tensor | None:
@@ -159,15 +163,21 @@ class Frame:
         for name, noted in self.cut:  # reentrant checkpointing gives it one when it has returned
             if noted.requires_grad:
                 raise GuidanceError(_reentrant(name))
-        made, size = self.kernels.setdefault(owner, []), size_of(like)
-        for known, kernel in made:
-            if same_size(known, size):
-                return kernel
         with torch.set_grad_enabled(self.learns):
-            resized = resize_guidance(self.features[index], like, guidance.resize)
-            kernel = _inner(self.root, owner).adapting_kernel(resized)
-        made.append((size, kernel))
-        return kernel
+            return _once(
+                self.kernels.setdefault(owner, []),
+                size_of(like),
+                lambda: _inner(self.root, owner).adapting_kernel(self._at(index, like)),
+            )
+
+    def _at(self, index: int, like: Like) -> Tensor | None:
+        """A guidance at a layer's resolution."""
+        features, mode = self.features[index], self.relay.guidances[index].resize
+        return _once(
+            self.resized.setdefault(index, []),
+            size_of(like),
+            lambda: resize_guidance(features, like, mode),
+        )
 
 
 class _Local(threading.local):
@@ -285,6 +295,25 @@ def _reentrant(name: str) -> str:
         "gradient off. Use the other kind: use_reentrant=False "
         "(timm.layers.set_reentrant_ckpt(False))."
     )
+
+
+def _once(
+    made: list[tuple[tuple[int, ...], Tensor | None]],
+    size: tuple[int, ...],
+    make: Callable[[], Tensor | None],
+) -> Tensor | None:
+    """What was made for that resolution already, or else what `make` gives, which is noted."""
+    for known, value in made:
+        if same_size(known, size):
+            return value
+    made.append((size, make()))
+    return made[-1][1]
+
+
+def _values(
+    made: list[tuple[tuple[int, ...], Tensor | None]],
+) -> list[tuple[tuple[int, ...], Tensor | None]]:
+    return [(size, _value(held)) for size, held in made]
 
 
 def _value(tensor: Any) -> Any:

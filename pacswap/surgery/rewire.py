@@ -17,6 +17,7 @@ from pacswap.surgery.runtime import (
     blurred_size,
     fitting_features,
     fitting_kernel,
+    needed,
     not_checkpointed,
     required_guidance,
     same_mode,
@@ -62,6 +63,7 @@ def relay_of(model: nn.Module, plan: Plan, scope: PlannedScope) -> Relay | None:
             scope.local(guidance.owner),
             guidance.spec.resize,
             tuple(source.cloned for source in sources[guidance.group]),
+            tuple(scope.local(x.place) for x in plan.layers if _guidance_of(plan, x) == guidance),
         )
         for guidance in _guidances_in(plan, scope)
     )
@@ -77,7 +79,7 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
     guidances = _guidances_in(plan, scope)
     for layer in plan.layers:
         if plan.scope_of(layer) is scope:
-            index = guidances.index(plan.guidance_of(layer))
+            index = guidances.index(_guidance_of(plan, layer))
             owner = scope.local(plan.kernels[layer.kernel].owner)
             vars(model.get_submodule(layer.place))["supply"] = Supply(index, owner)
     tapped: dict[str, list[str]] = {}
@@ -100,7 +102,30 @@ def _around(name: str, scope: str) -> Iterator[str]:
 
 
 def _guidances_in(plan: Plan, scope: PlannedScope) -> list[PlannedGuidance]:
-    return [g for g in plan.guidances if plan.scopes[g.scope] is scope]
+    """Those that are computed in a scope: of several that hold the same features, the first."""
+    kept = sorted({_same_features(plan, index) for index in range(len(plan.guidances))})
+    return [plan.guidances[i] for i in kept if plan.scopes[plan.guidances[i].scope] is scope]
+
+
+def _guidance_of(plan: Plan, layer: PlannedLayer) -> PlannedGuidance:
+    """What feeds a layer, of several guidances that hold the same features the first."""
+    return plan.guidances[_same_features(plan, plan.kernels[layer.kernel].guidance)]
+
+
+def _same_features(plan: Plan, index: int) -> int:
+    """The first guidance with the same features: those that nothing projects learn nothing."""
+    wanted = plan.guidances[index]
+    if wanted.projection is not None:
+        return index
+    for other, guidance in enumerate(plan.guidances[:index]):
+        if guidance.projection is None and _made_from(guidance) == _made_from(wanted):
+            return other
+    return index
+
+
+def _made_from(guidance: PlannedGuidance) -> tuple[object, ...]:
+    spec = guidance.spec
+    return guidance.scope, guidance.sources, spec.source, spec.resize, spec.detach
 
 
 def _rewired(
@@ -121,6 +146,7 @@ def _rewired(
         if plan.scope_of(layer) is scope:
             for node in trace.nodes_of(scope.local(layer.name)):
                 at.setdefault(twin[node], []).append(layer)
+                wiring.note(layer, twin[node])
     # In the order in which they run, so that what is shared is made before its first use.
     for node in [node for node in graph.nodes if node in at]:
         value = node
@@ -146,6 +172,34 @@ class _Wiring:
         self.features: dict[int, Node] = {}
         self.resized: dict[tuple[int, tuple[int, int]], Node] = {}
         self.kernels: dict[tuple[int, tuple[int, int]], tuple[Node, Node]] = {}
+        # The layers that need a guidance, its features at a resolution, or a kernel.
+        self.users: dict[object, dict[str, PlannedLayer]] = {}
+
+    def note(self, layer: PlannedLayer, node: Node) -> None:
+        """Note what a layer needs, before anything is made: it is made for all of them."""
+        size = self._resolution(layer, node)
+        guidance = self._guidance(layer.kernel)
+        for key in (guidance, ("features", guidance, size), ("kernel", layer.kernel, size)):
+            self.users.setdefault(key, {})[layer.place] = layer
+
+    def _guidance(self, kernel: int) -> int:
+        """Index of what feeds a kernel."""
+        return _same_features(self.plan, self.plan.kernels[kernel].guidance)
+
+    def _resolution(self, layer: PlannedLayer, node: Node) -> tuple[int, int]:
+        """What resolution a layer's guidance has at the example input."""
+        if not layer.is_inserted and layer.operation != "upsample":
+            return node.meta[INPUT_SIZE]
+        size = node.meta[OUTPUT_SIZE]
+        if not layer.is_inserted or layer.operation == "append":
+            return size
+        blur = (self.plan.groups[layer.group].filter or FilterSpec()).blur
+        return blurred_size(size, blur) if blur > 1 else size
+
+    def _needed(self, value: Node, key: object) -> Node:
+        """The value, or None in a call in which all its users rest."""
+        layers = tuple(self._attribute(self.scope.local(place)) for place in self.users[key])
+        return self.graph.call_function(needed, (value, layers))
 
     def add_guards(self, model: nn.Module) -> None:
         """Check at each call that what the trace took for granted still holds.
@@ -180,11 +234,10 @@ class _Wiring:
 
     def feed(self, layer: PlannedLayer, call: Node) -> None:
         """Give a call of a replaced layer its adapting kernel."""
-        size, like = call.meta[INPUT_SIZE], call.all_input_nodes[0]
+        size, like = self._resolution(layer, call), call.all_input_nodes[0]
         with self.graph.inserting_before(call):
             if layer.operation == "upsample":  # transposed: the guidance is as large as the output
                 like = self._output_size(layer, call)
-                size = call.meta[OUTPUT_SIZE]
             call.kwargs = {**call.kwargs, "kernel": self.kernel(layer.kernel, size, like)}
 
     def _output_size(self, layer: PlannedLayer, call: Node) -> Node:
@@ -210,8 +263,8 @@ class _Wiring:
             original: the nodes of the model.
         """
         users = [user for user in value.users if user in original]
-        size, target = node.meta[OUTPUT_SIZE], self.scope.local(layer.place)
-        guidance = self.plan.kernels[layer.kernel].guidance
+        size, target = self._resolution(layer, node), self.scope.local(layer.place)
+        guidance = self._guidance(layer.kernel)
         mode = self.plan.guidances[guidance].spec.resize
         features = self._features(guidance)
         order = {n: rank for rank, n in enumerate(self.graph.nodes)}
@@ -224,7 +277,6 @@ class _Wiring:
                 blur = (self.plan.groups[layer.group].filter or FilterSpec()).blur
                 like = value
                 if blur > 1:
-                    size = blurred_size(size, blur)
                     like = self.graph.call_function(blurred_size, (value, blur))
                 kernel = self.kernel(layer.kernel, size, like)
                 new = self.graph.create_node("call_module", target, (value,), {"kernel": kernel})
@@ -234,16 +286,20 @@ class _Wiring:
 
     def kernel(self, index: int, size: tuple[int, int], like: Node) -> Node:
         """An adapting kernel for a layer at that resolution, made unless it is there already."""
-        planned = self.plan.kernels[index]
-        target = f"{self.scope.local(planned.owner)}.adapting_kernel"
-        mode = self.plan.guidances[planned.guidance].spec.resize
-        features = self._features(planned.guidance)
+        guidance = self._guidance(index)
+        target = f"{self.scope.local(self.plan.kernels[index].owner)}.adapting_kernel"
+        mode = self.plan.guidances[guidance].spec.resize
+        features = self._features(guidance)
         if (index, size) in self.kernels:
             shared = self.kernels[index, size]
             make = self._attribute(target)
             return self.graph.call_function(fitting_kernel, (*shared, features, like, mode, make))
-        resized = self._at_resolution(planned.guidance, size, (features, like, mode))
-        kernel = self.graph.create_node("call_module", target, (resized,), {})
+        resized = self._at_resolution(guidance, size, (features, like, mode))
+        given = resized
+        users = self.users["kernel", index, size]
+        if users.keys() != self.users["features", guidance, size].keys():
+            given = self._needed(resized, ("kernel", index, size))
+        kernel = self.graph.create_node("call_module", target, (given,), {})
         self.kernels[index, size] = kernel, resized
         return kernel
 
@@ -253,6 +309,9 @@ class _Wiring:
         if (guidance, size) in self.resized:
             shared = self.resized[guidance, size]
             return self.graph.call_function(fitting_features, (shared, *how))
+        users = self.users["features", guidance, size]
+        if users.keys() != self.users[guidance].keys():
+            how = (self._needed(how[0], ("features", guidance, size)), *how[1:])
         self.resized[guidance, size] = self.graph.call_function(resize_guidance, how)
         return self.resized[guidance, size]
 
@@ -268,8 +327,9 @@ class _Wiring:
                         node = self.graph.call_method("clone", (node,))
                 sources.append(node)
             order = {node: rank for rank, node in enumerate(self.graph.nodes)}
-            with self.graph.inserting_after(max(sources, key=order.__getitem__)):
+            with self.graph.inserting_before(max(sources, key=order.__getitem__).next):
                 target = f"{self.scope.local(guidance.owner)}.guidance"
+                sources = [self._needed(sources[0], index), *sources[1:]]
                 self.features[index] = self.graph.create_node(
                     "call_module", target, tuple(sources), {}
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
@@ -93,21 +93,36 @@ def blurred_size(like: Like, blur: int) -> tuple[int, int]:
     return (height + blur - 1) // blur, (width + blur - 1) // blur
 
 
-def fitting_features(resized: Tensor | None, features: Tensor, like: Like, resize: Resize) -> Any:
+def fitting_features(
+    resized: Tensor | None, features: Tensor | None, like: Like, resize: Resize
+) -> Tensor | None:
     """The features as they were resized for another layer, or anew for one of another resolution.
 
     Layers share features and kernels because their resolutions agree at the example input; at other
     image sizes two ways of rounding may part them.
 
     Args:
-        resized: [B, D, H, W], or None where guidance is disabled.
-        features: the guidance before it was resized.
+        resized: [B, D, H, W], or None where guidance is disabled or what it was made for rests.
+        features: the guidance before it was resized; None where nothing needs it.
         like: what has the layer's resolution, [B, C, H', W'] or (H', W').
         resize: how features are resized.
     """
-    if resized is None or same_size(size_of(resized), size_of(like)):
+    if features is None:
+        return None
+    if resized is not None and same_size(size_of(resized), size_of(like)):
         return resized
     return resize_guidance(features, like, resize)
+
+
+def needed(features: Any, layers: tuple[nn.Module, ...]) -> Any:
+    """The features, or None if all layers rest that they are for: nothing is made of None.
+
+    Args:
+        features: [B, D, H, W], or None.
+        layers: those layers; what a user has wrapped one in counts as one that does not rest.
+    """
+    rests = [getattr(layer, "is_resting", False) for layer in layers]
+    return None if all(rests) else features
 
 
 def fitting_kernel(

@@ -88,6 +88,8 @@ class KernelSpec:
         smoothing_size: side of the box or of the learned filter.
         channel_wise: a kernel for each channel; the guidance has as many as the layer's input.
         learnable: False holds bandwidth, α and λ where they start.
+        recompute: for the backward pass a layer keeps its input and K, and what made K the guidance
+            alone; distances and products are computed again. Less memory, more time.
     """
 
     form: Form = "gaussian"
@@ -103,6 +105,7 @@ class KernelSpec:
     smoothing_size: int = 3
     channel_wise: bool = False
     learnable: bool = True
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

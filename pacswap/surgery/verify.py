@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from pacswap.errors import PacswapError, VerificationError
 from pacswap.nn import AdaptingKernel, Adaptive
 from pacswap.surgery.hearing import Ears
+from pacswap.surgery.modes import awake
 from pacswap.surgery.plan import Plan
 from pacswap.surgery.rewrite import pac_layers, plan_of, revert
 from pacswap.surgery.skeleton import ExampleInput
@@ -316,7 +317,7 @@ def _guided(upgraded: nn.Module, plan: Plan, args: tuple[Any, ...], extra: dict[
     places = {layer.place: plan.kernels[layer.kernel].spec.form for layer in plan.layers}
     missing = [place for place in places if place not in layers]
     ears = Ears(layers)
-    with torch.no_grad():
+    with torch.no_grad(), awake(twin):
         twin(*_copied(args), **extra)
         if not all(ears.heard.values()):  # a head that rests in eval mode
             twin.train()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.errors import PlanError
 from pacswap.nn import AdaptingKernel, Adaptive, PacCRF, PacFilter2d, reduced
-from pacswap.surgery.modes import kept_modes, kept_random
+from pacswap.surgery.modes import awake, kept_modes, kept_random
 from pacswap.surgery.rewrite import pac_layers
 
 
@@ -112,7 +112,7 @@ def watch(
     parameter = next(model.parameters())
     given = {} if guidance is None else {"guidance": guidance.to(parameter)}
     try:
-        with torch.no_grad(), kept_modes(model), kept_random():
+        with torch.no_grad(), kept_modes(model), kept_random(), awake(model):
             model.eval()
             return model(images.to(parameter), **given)
     finally:

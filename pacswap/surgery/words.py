@@ -110,6 +110,8 @@ def _kernel_in_words(kernels: Sequence[PlannedKernel], external: bool, plain: st
     unset = external and spec.bandwidth == "auto"
     if not constant:
         words.append("bandwidth 1 (not calibrated)" if unset else f"bandwidth {spec.bandwidth}")
+    if spec.recompute:
+        words.append("recomputed in the backward pass")
     count = len(kernels)
     shared = f"; {count} of them" if count > 1 else "; one for all"
     return ", ".join(words) + shared
