@@ -90,9 +90,11 @@ class Operations(TorchDispatchMode):
                     self.made.append(weakref.ref(storage))
         return output
 
-    def living(self) -> int:
-        """The bytes of all that was made and is still there, each storage once."""
+    def living(self, *aside: Tensor) -> int:
+        """The bytes of all that was made and is still there, each storage once; some aside."""
         held = {s._cdata: s.nbytes() for s in (ref() for ref in self.made) if s is not None}
+        for tensor in aside:
+            held.pop(tensor.untyped_storage()._cdata, None)
         return sum(held.values())
 
 
