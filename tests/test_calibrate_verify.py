@@ -257,7 +257,10 @@ SABOTAGE: dict[str, tuple[Callable[[nn.Module], Any], set[str]]] = {
     "frozen_blend": (lambda x: x.target.blend.requires_grad_(False), {LEARNS, ALL_LEARN}),
     "annulled_blend": (reclassed("target", Annulled), {LEARNS, ALL_LEARN}),
     "deaf_layer": (reclassed("target", Numb), {LEARNS, ALL_LEARN}),
-    "switched_off": (lambda x: setattr(x.target, "enabled", False), {LEARNS, ALL_LEARN}),
+    "switched_off": (
+        lambda x: setattr(x.target, "enabled", False),  # no kernel is made for it alone
+        {LEARNS, ALL_LEARN, GUIDED},
+    ),
     "dull_kernel": (
         reclassed("target.adapting_kernel", Dull),
         {LEARNS, ALL_LEARN, GUIDED},
