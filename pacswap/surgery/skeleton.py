@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from pacswap.errors import PlanError
 from pacswap.surgery.cost import MacCounter
-from pacswap.surgery.modes import QuickShapes, kept_random
+from pacswap.surgery.modes import QuickShapes, kept_random, quickly
 
 ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
 
@@ -203,21 +203,12 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     Raises:
         PlanError: the model does not run on that input; the message has the model's own words.
     """
-    seen = Observation()
-    stack: list[tuple[int, Entry]] = []
-    made: dict[int, tuple[Tensor, int]] = {}
-    undo = _watch(bones, seen, stack, made)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
-        functions = _Functions(seen, stack)
-        with torch.no_grad(), kept_random(), QuickShapes(), functions, MacCounter() as counter:
-            given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            bones(*args)
-            seen.macs = counter.macs
-            seen.overwrites_input = any(t._version != version for t, version in given)
-            seen.overwritten = {n for n, (t, version) in made.items() if t._version != version}
+        with torch.no_grad(), kept_random():
+            return quickly(lambda: _observed(bones, args), args)
     except Exception as error:  # the model's own code: anything can come out of it
         shapes = [
             tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)
@@ -227,9 +218,23 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
             f"{', '.join(map(str, shapes))}: {type(error).__name__}: {str(error).rstrip('.')}. "
             "Pass example_input=… with a shape that the model takes."
         ) from error
+
+
+def _observed(bones: nn.Module, args: tuple[Any, ...]) -> Observation:
+    seen = Observation()
+    stack: list[tuple[int, Entry]] = []
+    made: dict[int, tuple[Tensor, int]] = {}
+    undo = _watch(bones, seen, stack, made)
+    given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    try:
+        with QuickShapes(), _Functions(seen, stack), MacCounter() as counter:
+            bones(*args)
     finally:
         for restore in undo:
             restore()
+    seen.macs = counter.macs
+    seen.overwrites_input = any(t._version != version for t, version in given)
+    seen.overwritten = {n for n, (t, version) in made.items() if t._version != version}
     return seen
 
 
