@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 T = TypeVar("T")
 
@@ -145,3 +147,30 @@ def keeps_otherwise() -> bool | None:
     None if torch, before 2.7, cannot tell.
     """
     return None if _saving is None else _saving(True) is not None
+
+
+class _RecomputedWhole:
+    """While it is open, gradient checkpointing sets out to recompute each of its parts to the end.
+
+    torch has one flag for all threads: the first to enter sets it, the last to leave restores it.
+    Each restoring what it found would leave the flag set for ever where two threads overlap.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._flag = threading.Lock(), 0, set_checkpoint_early_stop(False)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._open == 0:
+                self._flag = set_checkpoint_early_stop(False)
+                self._flag.__enter__()
+            self._open += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0:
+                self._flag.__exit__(None, None, None)
+
+
+recomputed_whole = _RecomputedWhole()
