@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import models as m
 import pytest
@@ -24,13 +26,19 @@ from pacswap.errors import GuidanceError
 from pacswap.surgery import relay
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+# Few layers, few channels: what is shown does not depend on how many.
+SMALL: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": (1, 1, 2, 2), "channels": (8, 8, 16, 16)},
+    "convnext_atto": {"depths": (1, 1, 2, 2), "dims": (8, 8, 16, 16)},
+    "mobilenetv2_035": {"depth_multiplier": 0.3},
+}
 TIMM = {
     "resnet18": ("resnet18", "layer[34].?.conv2", "layer1"),
     "resnet18_projected": ("resnet18", "layer[34].?.conv2", {"from": "layer1", "channels": 4}),
     "resnet18_image": ("resnet18", "layer[34].?.conv2", "input"),
     "resnet18_inside": ("resnet18", "layer4.1.conv2", "layer4.0.conv1"),
     "convnext_atto": ("convnext_atto", "stages.[23].blocks.1.conv_dw", "stages.0"),
-    "mobilenetv2_100": ("mobilenetv2_100", "blocks.[56].*.conv_dw", "blocks.1"),
+    "mobilenetv2_035": ("mobilenetv2_035", "blocks.[56].*.conv_dw", "blocks.1"),
 }
 NAMES = pytest.mark.parametrize("name", list(TIMM))
 
@@ -43,9 +51,14 @@ def no_frame_is_left() -> Iterator[None]:
 
 def network(name: str, *, before: bool = False) -> nn.Module:
     """Upgraded, in train mode, its norms in eval mode: a recomputation moves statistics twice."""
+    return copy.deepcopy(built(name, before))
+
+
+@functools.cache
+def built(name: str, before: bool) -> nn.Module:
     arch, layers, guidance = TIMM[name]
     torch.manual_seed(0)
-    model = timm.create_model(arch, num_classes=7)
+    model = timm.create_model(arch, num_classes=7, **SMALL[arch])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
