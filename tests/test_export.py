@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,25 @@ from pacswap.export import export
 WANTED = "expected a name that ends in .onnx or .pt2, or format 'onnx' or 'pt2'"
 
 
-@pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model directory of a small network, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.yaml").write_text(
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model directory of a small network, made once."""
+    folder = tmp_path_factory.mktemp("applied")
+    (folder / "r.yaml").write_text(
         "version: 1\n"
         "model: {library: pacswap, name: scene_net, weights: null, input_size: [3, 48, 48]}\n"
         "swap:\n  - {layers: head.conv, guidance: {from: layer1, channels: 4}}\n"
     )
-    pacswap.apply("r.yaml", output="model")
-    yield tmp_path
+    pacswap.apply(folder / "r.yaml", output=folder / "model")
+    return folder
+
+
+@pytest.fixture
+def trained(applied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the working directory."""
+    shutil.copytree(applied, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import models as m
 import pytest
@@ -24,13 +26,19 @@ from pacswap.errors import GuidanceError
 from pacswap.surgery import relay
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+# Few layers, few channels: what is shown does not depend on how many.
+SMALL: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": (1, 1, 2, 2), "channels": (8, 8, 16, 16)},
+    "convnext_atto": {"depths": (1, 1, 2, 2), "dims": (8, 8, 16, 16)},
+    "mobilenetv2_035": {"depth_multiplier": 0.3},
+}
 TIMM = {
     "resnet18": ("resnet18", "layer[34].?.conv2", "layer1"),
     "resnet18_projected": ("resnet18", "layer[34].?.conv2", {"from": "layer1", "channels": 4}),
     "resnet18_image": ("resnet18", "layer[34].?.conv2", "input"),
     "resnet18_inside": ("resnet18", "layer4.1.conv2", "layer4.0.conv1"),
     "convnext_atto": ("convnext_atto", "stages.[23].blocks.1.conv_dw", "stages.0"),
-    "mobilenetv2_100": ("mobilenetv2_100", "blocks.[56].*.conv_dw", "blocks.1"),
+    "mobilenetv2_035": ("mobilenetv2_035", "blocks.[56].*.conv_dw", "blocks.1"),
 }
 NAMES = pytest.mark.parametrize("name", list(TIMM))
 
@@ -43,9 +51,14 @@ def no_frame_is_left() -> Iterator[None]:
 
 def network(name: str, *, before: bool = False) -> nn.Module:
     """Upgraded, in train mode, its norms in eval mode: a recomputation moves statistics twice."""
+    return copy.deepcopy(built(name, before))
+
+
+@functools.cache
+def built(name: str, before: bool) -> nn.Module:
     arch, layers, guidance = TIMM[name]
     torch.manual_seed(0)
-    model = timm.create_model(arch, num_classes=7)
+    model = timm.create_model(arch, num_classes=7, **SMALL[arch])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -255,6 +268,42 @@ def test_two_networks_may_recompute_from_one_image() -> None:
     assert_same(expected, (gradients(one), gradients(two)), tolerance=1e-5)
 
 
+def early_stop() -> bool | None:
+    return torch.utils.checkpoint._enable_checkpoint_early_stop
+
+
+def test_threads_that_overlap_leave_the_flag_for_early_stops_as_it_was() -> None:
+    expected = stepped(resting(hand_made("nested")), IMAGES)
+    one, two = hand_made("nested"), hand_made("nested")
+    entered, left = threading.Event(), threading.Event()
+    one.stem.register_forward_hook(lambda *_: (entered.set(), left.wait(60))[:0] or None)
+    other: list[Tensor] = []
+    thread = threading.Thread(target=lambda: other.append(one(IMAGES)))
+    thread.start()
+    assert entered.wait(60)
+    hook = two.stem.register_forward_hook(lambda *_: (left.set(), thread.join(60))[:0] or None)
+    output = two(IMAGES)  # goes on when the first to enter has left
+    hook.remove()
+    assert early_stop() is None
+    for model, found in ((one, other[0]), (two, output)):
+        model.zero_grad()
+        found.pow(2).sum().backward()
+        assert_same(expected, gradients(model), tolerance=1e-5)
+
+
+def test_the_flag_is_off_while_one_runs_and_kept_after_an_error() -> None:
+    model, seen = hand_made("nested"), []
+    hook = model.stem.register_forward_hook(lambda *_: seen.append(early_stop()))
+    model(IMAGES)
+    hook.remove()
+    assert seen == [False]
+    with torch.utils.checkpoint.set_checkpoint_early_stop(True):
+        with pytest.raises(RuntimeError):
+            model(IMAGES[:, :1])
+        assert early_stop() is True
+    assert early_stop() is None
+
+
 def test_a_layer_under_a_hand_made_reentrant_checkpoint_is_an_error_in_the_backward_pass() -> None:
     model = hand_made("shared")
     model.reentrant = True
@@ -265,7 +314,7 @@ def test_a_layer_under_a_hand_made_reentrant_checkpoint_is_an_error_in_the_backw
     assert str(caught.value) == IN_BACKWARD
 
 
-class ByHand(nn.Module):
+class Traceable(nn.Module):
     """A forward that could be traced, with a checkpoint that a trace would drop."""
 
     def __init__(self) -> None:
@@ -279,7 +328,7 @@ class ByHand(nn.Module):
 
 
 def test_a_checkpoint_of_the_networks_own_still_recomputes() -> None:
-    upgraded = pacswap.swap(ByHand(), "block.0", "stem", example_input=torch.rand(2, 3, 16, 20))
+    upgraded = pacswap.swap(Traceable(), "block.0", "stem", example_input=torch.rand(2, 3, 16, 20))
     assert "which a graph drops" in str(pacswap.surgery.plan_of(upgraded).scopes[0].untraced)
     calls: list[str] = []
     upgraded.block[1].register_forward_hook(lambda *args: calls.append("tanh"))

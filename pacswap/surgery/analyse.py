@@ -207,6 +207,8 @@ class _Analysis:
                 why = traced.hidden[0][1]
                 scope = replace(traced.scope, train=None, evaluate=None, untraced=why)
                 found.append((replace(scope, relayed=relay[0]), relay[1], members))
+        for index, message in finder.refused:
+            self._fault(message, index, "guidance")
         return found
 
     def _graph(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pacswap.surgery.modes import keeps_otherwise
-from pacswap.surgery.relay import Frame, current, is_backward, local, storage_key
-
-_TAG = "_pacswap_frame"
+from pacswap.surgery.relay import TAG, Frame, current, is_backward, local, storage_key
 
 
 class Tap:
-    """A forward hook on a source: it notes the output in the current frame."""
+    """A forward hook on a source: it notes the output in the current frame.
 
-    def __init__(self, sources: tuple[str, ...]) -> None:
-        self.sources = sources
+    Args:
+        sources: those that the module is, or whose last part it is.
+        parted: those that it is whose last part notes its output before.
+    """
+
+    def __init__(self, sources: tuple[str, ...], parted: tuple[str, ...] = ()) -> None:
+        self.sources, self.parted = sources, parted
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the output."""
@@ -25,6 +29,8 @@ class Tap:
         if frame is not None:
             for source in self.sources:
                 frame.give(source, output)
+            for source in self.parted:
+                frame.give(source, output, is_final=True)
 
 
 class Resume:
@@ -52,17 +58,17 @@ class Resume:
 
     def _open(self, module: nn.Module, input: Tensor) -> None:
         for carrier in (input, input.untyped_storage()):
-            tied: _Tied | None = getattr(carrier, _TAG, None)
+            tied: _Tied | None = getattr(carrier, TAG, None)
             if tied is not None and module in tied.frames:
                 local.frames.append(tied.frames[module].resume(module))
                 return
 
 
 def _tie(carrier: Any, module: nn.Module, kept: Frame, *, again: bool) -> None:
-    tied: _Tied | None = getattr(carrier, _TAG, None)
+    tied: _Tied | None = getattr(carrier, TAG, None)
     if tied is None:
         tied = _Tied()
-        setattr(carrier, _TAG, tied)
+        setattr(carrier, TAG, tied)
     if not again or module not in tied.frames:
         tied.frames[module] = kept
 
@@ -90,16 +96,34 @@ class Leave:
 HOOKS = (Tap, Resume, Leave)
 
 
-def add_hooks(module: nn.Module, sources: tuple[str, ...]) -> None:
+class LastHooks(OrderedDict[int, Any]):
+    """A module's forward hooks, those of a relay always the last.
+
+    What guides is what a source returns to the network, after the hooks of others.
+    """
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        super().__setitem__(key, hook)
+        if not isinstance(hook, HOOKS):
+            for ours in [k for k, known in self.items() if isinstance(known, HOOKS)]:
+                self.move_to_end(ours)
+
+
+def add_hooks(
+    module: nn.Module, sources: tuple[str, ...] = (), parted: tuple[str, ...] = ()
+) -> None:
     """Hook a module that is or contains a source or a layer.
 
     Args:
         module: the module.
-        sources: the names of those that it is, if any.
+        sources: as in `Tap`, like the next.
+        parted: as in `Tap`.
     """
+    if not isinstance(module._forward_hooks, LastHooks):
+        module._forward_hooks = LastHooks(module._forward_hooks)
     module.register_forward_pre_hook(Resume())
-    if sources:
-        module.register_forward_hook(Tap(sources))
+    if sources or parted:
+        module.register_forward_hook(Tap(sources, parted))
     module.register_forward_hook(Leave(), always_call=True)
 
 
@@ -117,3 +141,5 @@ def remove_hooks(module: nn.Module) -> None:
         for key in [key for key, hook in held.items() if isinstance(hook, HOOKS)]:
             del held[key]
             module._forward_hooks_always_called.pop(key, None)
+    if isinstance(module._forward_hooks, LastHooks):
+        module._forward_hooks = OrderedDict(module._forward_hooks)

@@ -38,6 +38,7 @@ class Needs:
         names: of the arguments without a default.
         one_mode: modules that have to be in the mode of the whole, because each mode has a graph.
         entered: modules that dissolved into the graph: no hook of theirs would run.
+        places: how many arguments may be given by their place; -1 if any number.
     """
 
     required: int
@@ -45,6 +46,7 @@ class Needs:
     names: tuple[str, ...] = ()
     one_mode: tuple[str, ...] = ()
     entered: tuple[str, ...] = ()
+    places: int = -1
 
     @classmethod
     def of(
@@ -59,7 +61,10 @@ class Needs:
         named = [p for p in parameters if p.kind not in kinds]
         defaults = tuple((p.name, p.default) for p in named if p.default is not p.empty)
         names = tuple(p.name for p in named if p.default is p.empty)
-        return cls(len(names), defaults, names, one_mode, entered)
+        placed = sum(p.kind is not p.KEYWORD_ONLY for p in named)
+        any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        places = -1 if any_number else placed
+        return cls(len(names), defaults, names, one_mode, entered, places)
 
 
 _COMPARED = (bool, int, float, str, tuple, torch.dtype)
@@ -130,10 +135,21 @@ class Program:
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the method: by its graph where that is right, in its own words elsewhere."""
+        args, kwargs = self._named(args, kwargs)
         function = self.train if module.training else self.evaluate
         if function is not None and (self.relay is None or self._is_right(module, args, kwargs)):
             return graphed(module, function, args, kwargs)
         return self.hand_on(module, original, args, kwargs)
+
+    def _named(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """An external guidance given by its place, behind all others, by its name."""
+        if not self.keywords or self.needs.places < 0 or len(args) != self.needs.places + 1:
+            return args, kwargs
+        if self.keywords[0] in kwargs:  # twice: the method refuses one argument too many
+            return args, kwargs
+        return args[:-1], {**kwargs, self.keywords[0]: args[-1]}
 
     def hand_on(
         self,

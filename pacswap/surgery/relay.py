@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like, same_size
+from pacswap.surgery.modes import recomputed_whole
 from pacswap.surgery.runtime import needed, required_guidance
 from pacswap.surgery.spec import Resize
 
@@ -75,12 +75,17 @@ class Relay:
         return any(_inner(root, name).grad_checkpointing for name in self.checkpointing)
 
 
+# The attribute of a tensor that its frames are tied to.
+TAG = "_pacswap_frame"
+
+
 class Frame:
     """What the source modules returned in one call of a scope, and what was made of it."""
 
     def __init__(self, root: nn.Module, relay: Relay, *, learns: bool) -> None:
         self.root, self.relay, self.learns = root, relay, learns
         self.maps: dict[tuple[int, int], Tensor] = {}
+        self.noted: dict[tuple[int, int], Tensor] = {}  # `maps` before they were copied
         self.features: dict[int, Tensor | None] = {}
         # By guidance and by owner, in lists: a compiler's size has no hash.
         self.resized: dict[int, list[tuple[tuple[int, ...], Tensor | None]]] = {}
@@ -112,18 +117,26 @@ class Frame:
         again.resumed_by, again.given = module, self.given
         return again
 
-    def give(self, source: str, output: Any) -> None:
+    def give(self, source: str, output: Any, *, is_final: bool = False) -> None:
         """Note what a source returned.
+
+        Args:
+            source: as the plan names it.
+            output: what it returned.
+            is_final: whether this stands in for what a part of the source gave before.
 
         Raises:
             GuidanceError: it returned something before, or something that cannot guide.
         """
         for index, guidance in enumerate(self.relay.guidances):
             for place, name in enumerate(guidance.sources):
-                if name == source:
-                    self._note(index, place, guidance, output)
+                known = self.noted.get((index, place)) if is_final else None
+                if name == source and (known is None or known is not output):
+                    self._note(index, place, guidance, output, is_again=known is not None)
 
-    def _note(self, index: int, place: int, guidance: RelayedGuidance, output: Any) -> None:
+    def _note(
+        self, index: int, place: int, guidance: RelayedGuidance, output: Any, *, is_again: bool
+    ) -> None:
         name = guidance.sources[place]
         if not isinstance(output, Tensor):
             raise GuidanceError(
@@ -131,13 +144,14 @@ class Frame:
             )
         if self.learns and not torch.is_grad_enabled() and self.relay.is_checkpointing(self.root):
             raise GuidanceError(_reentrant(name))
-        if (index, place) in self.maps and self.resumed_by is None:
+        if (index, place) in self.maps and self.resumed_by is None and not is_again:
             raise GuidanceError(
                 f"the guidance '{name}' ran twice in one call of the network, so it is not known "
                 "which of its outputs guides. Swap with another guidance."
             )
         if self.learns and not torch.is_grad_enabled():
             self.cut.append((name, output))
+        self.noted[index, place] = output
         self.maps[index, place] = output.clone() if guidance.cloned[place] else output
         found = [self.maps.get((index, i)) for i in range(len(guidance.sources))]
         if all(value is not None for value in found):
@@ -217,10 +231,10 @@ def relayed(
         return original(root, *args, **kwargs)
     learns = torch.is_grad_enabled()
     frame = Frame(root, relay, learns=learns)
-    if (
-        learns and not torch.compiler.is_compiling()
-    ):  # tensors of this call alone, because frames are tied to them
-        args, kwargs = pytree.tree_map_only(Tensor, _own, (args, kwargs))
+    own = None
+    if learns and not torch.compiler.is_compiling():
+        own = _Own()
+        args, kwargs = pytree.tree_map_only(Tensor, own.view, (args, kwargs))
         frame.given = {storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
     if relay.has("input"):
         image = args[0] if args else kwargs.get(_first_parameter(original))
@@ -230,12 +244,12 @@ def relayed(
         frame.give("external", external)
     local.frames.append(frame)
     try:
-        if not learns or torch.compiler.is_compiling():
+        if own is None:
             return original(root, *args, **kwargs)
         # A recomputation that stops early does not reach the parts inside it that are checkpointed
         # themselves, which find their frame by having been called.
-        with set_checkpoint_early_stop(False):
-            return original(root, *args, **kwargs)
+        with recomputed_whole:
+            return own.given_back(original(root, *args, **kwargs))
     finally:
         local.frames.pop()
 
@@ -245,9 +259,28 @@ def _first_parameter(method: Callable[..., Any]) -> str:
     return list(inspect.signature(method).parameters)[1]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The same numbers as a tensor object of its own."""
-    return tensor.view_as(tensor) if type(tensor) is Tensor else tensor
+class _Own:
+    """A caller's tensors as tensors of one call alone, because frames are tied to them."""
+
+    def __init__(self) -> None:
+        self.views: dict[int, Tensor] = {}
+        self.originals: dict[int, Tensor] = {}
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The same numbers and attributes as another tensor object, the same one each time."""
+        if not _is_plain(tensor):
+            return tensor
+        if id(tensor) not in self.views:
+            view = tensor.view_as(tensor)
+            vars(view).update({key: v for key, v in vars(tensor).items() if key != TAG})
+            self.views[id(tensor)], self.originals[id(view)] = view, tensor
+        return self.views[id(tensor)]
+
+    def given_back(self, output: Any) -> Any:
+        """What a method returned; an argument that it gave on is the caller's again."""
+        if not any(id(leaf) in self.originals for leaf in pytree.tree_leaves(output)):
+            return output
+        return pytree.tree_map_only(Tensor, lambda t: self.originals.get(id(t), t), output)
 
 
 def graphed(
@@ -332,4 +365,9 @@ def is_backward() -> bool:
 
 def storage_key(value: Any) -> int:
     """What tells the storages of tensors apart; 0 of anything else."""
-    return value.untyped_storage()._cdata if type(value) is Tensor else 0
+    return value.untyped_storage()._cdata if _is_plain(value) else 0
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with one storage: no sparse one, no nested one, no subclass."""
+    return type(value) is Tensor and value.layout == torch.strided and not value.is_nested

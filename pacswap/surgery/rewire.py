@@ -83,13 +83,19 @@ def hook_up(model: nn.Module, plan: Plan, scope: PlannedScope) -> None:
             owner = scope.local(plan.kernels[layer.kernel].owner)
             vars(model.get_submodule(layer.place))["supply"] = Supply(index, owner)
     tapped: dict[str, list[str]] = {}
+    parted: dict[str, list[str]] = {}
     for source in {source for _, given in scope.relayed for source in given}:
         if source.name not in ("input", "external"):
             tapped.setdefault(source.module, []).append(source.name)
+            name = source.module
+            while name != source.name:
+                name = name.rpartition(".")[0]
+                parted.setdefault(name, []).append(source.name)
     places = [layer.place for layer in plan.layers if plan.scope_of(layer) is scope]
     around = {outer for name in (*places, *tapped) for outer in _around(name, scope.module)}
-    for name in sorted(around | set(tapped) | set(places)):
-        add_hooks(model.get_submodule(name), tuple(tapped.get(name, ())))
+    for name in sorted(around | set(tapped) | set(parted) | set(places)):
+        sources = tuple(tapped.get(name, ())), tuple(parted.get(name, ()))
+        add_hooks(model.get_submodule(name), *sources)
 
 
 def _around(name: str, scope: str) -> Iterator[str]:

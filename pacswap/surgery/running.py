@@ -13,7 +13,7 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacswap.surgery.modes import QuickShapes
+from pacswap.surgery.modes import QuickShapes, quickly
 from pacswap.surgery.trace import Trace
 
 
@@ -77,9 +77,13 @@ class _Operations(TorchDispatchMode):
 
 def recorded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
     """What a call returns, and the operations that it did."""
-    copies = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-    with torch.no_grad(), QuickShapes(), _Operations() as operations:
-        return run(*copies[0], **copies[1]), operations.done
+
+    def once() -> tuple[Any, list[str]]:
+        copies = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        with torch.no_grad(), QuickShapes(), _Operations() as operations:
+            return run(*copies[0], **copies[1]), operations.done
+
+    return quickly(once, (args, kwargs))
 
 
 def why_not_same(ours: tuple[Any, list[str]], theirs: tuple[Any, list[str]]) -> str | None:

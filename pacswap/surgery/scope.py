@@ -13,6 +13,12 @@ from torch import nn
 
 from pacswap.errors import nearest, quoted
 from pacswap.surgery.checks import why_not_entered
+from pacswap.surgery.images import (
+    on_several_images,
+    own_image_entries,
+    why_not_image,
+    why_not_parted,
+)
 from pacswap.surgery.plan import PlannedScope
 from pacswap.surgery.select import is_pattern, matching
 from pacswap.surgery.skeleton import FUNCTION, Call, Entry, Observation
@@ -33,6 +39,7 @@ class _Draft:
     groups: list[int]
     enter: set[str] = field(default_factory=set)
     layers: dict[str, str] = field(default_factory=dict)  # with what is done to them
+    own: dict[int, Entry] = field(default_factory=dict)  # groups whose image is this method's
 
 
 @dataclass
@@ -62,6 +69,7 @@ class ScopeFinder:
     ) -> None:
         self.model, self.bones, self.seen, self.seen_train = model, bones, seen, seen_train
         self.drafts: list[_Draft] = []
+        self.refused: list[tuple[int, str]] = []  # groups, and why their image is not known
 
     def add(self, index: int, group: Group, members: list[str]) -> None:
         """Find the scope of one group whose guidance can be resolved.
@@ -80,9 +88,16 @@ class ScopeFinder:
         # A list of modules is often walked through instead of called, and what is put behind one of
         # them would change its length.
         avoided = {n for n, m in self.model.named_modules() if n and is_list(m)}
-        entry = _deepest_common(layer_calls, fed_by, _image_entries(seen), sources, avoided)
+        shared = on_several_images(layer_calls) if "input" in sources else None
+        images = _image_entries(seen) if shared is None else own_image_entries(seen)
+        entry = _deepest_common(layer_calls, fed_by, images, sources, avoided)
+        if shared is not None and entry == ROOT:
+            self.refused.append((index, why_not_image(shared, layer_calls, seen)))
+            return
         verb = KINDS[group.operation].verb
         draft = _Draft(entry, [index], layers=dict.fromkeys(members, verb))
+        if shared is not None:
+            draft.own[index] = entry
         for call in layer_calls:
             draft.enter.update(_between(call.stack[:-1], entry))
         for calls, is_label in fed_by:
@@ -93,6 +108,9 @@ class ScopeFinder:
     def traced(self) -> Iterator[TracedScope]:
         """Each scope with its graphs, or why it cannot have them."""
         for draft in self.drafts:
+            for index, entry in draft.own.items():
+                if entry != draft.entry:
+                    self.refused.append((index, why_not_parted(entry[0], draft.entry[0])))
             module = self.model.get_submodule(draft.entry[0])
             scope = PlannedScope(
                 *draft.entry, type(module).__name__, None, None, self._renamed(draft)
@@ -128,6 +146,7 @@ class ScopeFinder:
                 sorted(outer.groups + inner.groups),
                 outer.enter | inner.enter | (between - {entry[0]}),
                 outer.layers | inner.layers,
+                outer.own | inner.own,
             )
         self.drafts.append(draft)
 

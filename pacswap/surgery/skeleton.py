@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pacswap.errors import PlanError
 from pacswap.surgery.cost import MacCounter
-from pacswap.surgery.modes import QuickShapes, kept_random
+from pacswap.surgery.modes import QuickShapes, kept_random, quickly
 
 ExampleInput: TypeAlias = "Tensor | tuple[Any, ...]"
 
@@ -44,6 +45,9 @@ class Call:
         input_shape: of the first argument if it is a tensor.
         output_shape: of the output if it is a tensor.
         words: how a function was called, in a word or two.
+        images: of a network that takes several, by their places: those that the first argument was
+            made from.
+        image: the place of the one that it is.
     """
 
     order: int
@@ -52,6 +56,8 @@ class Call:
     input_shape: tuple[int, ...] | None
     output_shape: tuple[int, ...] | None = None
     words: str = ""
+    images: frozenset[int] = frozenset()
+    image: int | None = None
 
     @property
     def name(self) -> str:
@@ -203,21 +209,12 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
     Raises:
         PlanError: the model does not run on that input; the message has the model's own words.
     """
-    seen = Observation()
-    stack: list[tuple[int, Entry]] = []
-    made: dict[int, tuple[Tensor, int]] = {}
-    undo = _watch(bones, seen, stack, made)
     device = next((p.device for p in bones.parameters()), torch.device("meta"))
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     args = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), args)
     try:
-        functions = _Functions(seen, stack)
-        with torch.no_grad(), kept_random(), QuickShapes(), functions, MacCounter() as counter:
-            given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            bones(*args)
-            seen.macs = counter.macs
-            seen.overwrites_input = any(t._version != version for t, version in given)
-            seen.overwritten = {n for n, (t, version) in made.items() if t._version != version}
+        with torch.no_grad(), kept_random():
+            return quickly(lambda: _observed(bones, args), args)
     except Exception as error:  # the model's own code: anything can come out of it
         shapes = [
             tuple(t.shape) for t in pytree.tree_leaves(example_input) if isinstance(t, Tensor)
@@ -227,9 +224,25 @@ def observe(bones: nn.Module, example_input: ExampleInput) -> Observation:
             f"{', '.join(map(str, shapes))}: {type(error).__name__}: {str(error).rstrip('.')}. "
             "Pass example_input=… with a shape that the model takes."
         ) from error
+
+
+def _observed(bones: nn.Module, args: tuple[Any, ...]) -> Observation:
+    seen = Observation()
+    stack: list[tuple[int, Entry]] = []
+    made: dict[int, tuple[Tensor, int]] = {}
+    functions = _Functions(seen, stack)
+    args = functions.follow(args)
+    undo = _watch(bones, functions, made)
+    given = [(t, t._version) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    try:
+        with QuickShapes(), functions, MacCounter() as counter:
+            bones(*args)
     finally:
         for restore in undo:
             restore()
+    seen.macs = counter.macs
+    seen.overwrites_input = any(t._version != version for t, version in given)
+    seen.overwritten = {n for n, (t, version) in made.items() if t._version != version}
     return seen
 
 
@@ -241,13 +254,49 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return like(tensor, device=device)
 
 
+_SHAPE_ALONE = frozenset(
+    {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, Tensor.new_zeros}
+)
+
+
 class _Functions(TorchFunctionMode):
-    """Notes the calls of `F.interpolate`, under the labels that a trace will give them."""
+    """Notes the calls of `F.interpolate`, under the labels that a trace will give them.
+
+    Where a network takes several images, it also notes which of them each tensor was made from.
+    """
 
     def __init__(self, seen: Observation, stack: list[tuple[int, Entry]]) -> None:
         super().__init__()
         self.seen, self.stack = seen, stack
         self.repeats: Counter[str] = Counter()
+        self.images: list[Tensor] = []
+        self.origins: Any = WeakIdKeyDictionary()
+
+    def follow(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as they are to be given, each of several images a tensor of its own."""
+        places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() > 2]
+        if len(places) < 2:
+            return args
+        args = tuple(arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        self.images = [args[place] for place in places]
+        for place, image in enumerate(self.images):
+            self.origins[image] = frozenset((place,))
+        return args
+
+    def of(self, value: Any) -> tuple[frozenset[int], int | None]:
+        """The images that a value was made from, and the one that it is."""
+        if not self.images or not isinstance(value, Tensor):
+            return frozenset(), None
+        itself = (place for place, image in enumerate(self.images) if image is value)
+        return self.origins.get(value, frozenset()), next(itself, None)
+
+    def _mix(self, inputs: Any, output: Any) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        mixed = frozenset().union(*(self.origins.get(t, ()) for t in tensors))
+        made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in made or tensors[:1]:  # `x[i] = y` returns nothing
+            if all(tensor is not image for image in self.images):
+                self.origins[tensor] = self.origins.get(tensor, frozenset()) | mixed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -255,6 +304,8 @@ class _Functions(TorchFunctionMode):
         """Run a function, and note it if it interpolates."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if self.images and func not in _SHAPE_ALONE:
+            self._mix((args, kwargs), output)
         if func is F.interpolate and self.stack:
             owner = self.stack[-1][1][0]
             base = f"{owner}.interpolate" if owner else "interpolate"
@@ -273,35 +324,30 @@ class _Functions(TorchFunctionMode):
 
 
 def _watch(
-    bones: nn.Module,
-    seen: Observation,
-    stack: list[tuple[int, Entry]],
-    made: dict[int, tuple[Tensor, int]],
+    bones: nn.Module, functions: _Functions, made: dict[int, tuple[Tensor, int]]
 ) -> list[Callable[[], None]]:
     """Wrap every module's `forward` and split methods; returns what undoes it."""
     undo: list[Callable[[], None]] = []
     for name, module in bones.named_modules():
         for method in ("forward", *SPLIT_METHODS):
             if callable(getattr(module, method, None)):
-                undo.append(_watch_method(module, (name, method), seen, stack, made))
+                undo.append(_watch_method(module, (name, method), functions, made))
     return undo
 
 
 def _watch_method(
-    module: nn.Module,
-    entry: Entry,
-    seen: Observation,
-    stack: list[tuple[int, Entry]],
-    made: dict[int, tuple[Tensor, int]],
+    module: nn.Module, entry: Entry, functions: _Functions, made: dict[int, tuple[Tensor, int]]
 ) -> Callable[[], None]:
-    name = entry[1]
+    name, seen, stack = entry[1], functions.seen, functions.stack
     own = vars(module).get(name)
     original = getattr(module, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        order = len(seen.calls) + 1
+        order, first = len(seen.calls) + 1, next(iter(args), None)
         stack.append((order, entry))
-        seen.calls.append(Call(order, entry, tuple(stack), _shape(next(iter(args), None))))
+        images, image = functions.of(first)
+        call = Call(order, entry, tuple(stack), _shape(first), images=images, image=image)
+        seen.calls.append(call)
         seen.arguments.setdefault(entry, (args, kwargs))
         output = original(*args, **kwargs)
         stack.pop()
