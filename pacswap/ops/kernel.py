@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pacswap.errors import ShapeError, nearest_hint
 from pacswap.ops import volume
-from pacswap.ops.backends import Backend, choose
+from pacswap.ops.backends import Backend, Task, choose
 from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window, axes_of
 from pacswap.ops.mask import masked
 from pacswap.ops.measure import Measure
@@ -86,7 +86,7 @@ def adapting_kernel(
             `"mean"`, KH·KW·K/ΣK with taps outside the image counted as 1, and all taps where the
             centre is outside, so that a constant guidance gives exactly 1.
         blend: 0 gives 1 everywhere, 1 gives N(K); a number or a scalar tensor.
-        backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
+        backend: `"auto"`, `"reference"`, `"taps"`, `"eager"` or `"loops"`; a named one runs or raises.
 
     Returns:
         K, [B, 1, KH*KW, H_out, W_out] (D instead of 1 with `channel_wise`), the dtype of
@@ -229,7 +229,7 @@ def _distance(
     backend: Backend,
 ) -> Tensor:
     """`tap_distance` of an image or a volume."""
-    module = choose(backend)
+    module = choose(backend, Task((features,), measure, channel_wise))
     if isinstance(window, VolumeWindow):
         return volume.tap_distance(module, features, window, measure, channel_wise)
     centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
