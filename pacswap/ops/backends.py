@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeAlias
@@ -14,18 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pacswap.errors import BackendError, nearest_hint, quoted
+from pacswap.ops import eager, reference, taps
 from pacswap.ops.measure import Measure
 
 Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops"]
 
-# In the order in which `auto` asks them; loops is imported where it is taken.
-_MODULES = {
-    "loops": "pacswap.ops.loops",
-    "eager": "pacswap.ops.eager",
-    "taps": "pacswap.ops.taps",
-    "reference": "pacswap.ops.reference",
-}
 BACKENDS = ("reference", "taps", "eager", "loops")
+_PREFERRED = ("loops", "eager", "taps")  # in the order in which `auto` asks them
 _GOOD_AT = {
     "loops": "compiled loops, near the price of the convolution on a CPU",
     "eager": "tap by tap, keeps only input, kernel and weight for the backward pass",
@@ -115,8 +109,8 @@ def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, s
         ('eager', 'asked for by name')
     """
     if backend == "auto":
-        refusals = []
-        for name in _MODULES:
+        refusals: list[str] = []
+        for name in _PREFERRED:
             refusal = why_not(name, task)
             if refusal is None:
                 return name, "; ".join([_GOOD_AT[name], *refusals])
@@ -133,4 +127,10 @@ def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, s
 
 def choose(backend: Backend, task: Task | None = None) -> ModuleType:
     """The module that implements the backend that `explain` names."""
-    return import_module(_MODULES[explain(backend, task)[0]])
+    name = explain(backend, task)[0]
+    if name == "loops":
+        # Only here: numba need not be there, and takes long to import.
+        from pacswap.ops import loops
+
+        return loops
+    return {"eager": eager, "taps": taps, "reference": reference}[name]

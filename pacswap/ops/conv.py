@@ -50,7 +50,7 @@ def pac_conv2d(
         dilation: pixels between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"`, `"eager"` or `"loops"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv2d` up to
@@ -101,7 +101,7 @@ def pac_conv1d(
         dilation: places between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"`, `"eager"` or `"loops"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, L_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv1d` up to rounding.
@@ -154,7 +154,7 @@ def pac_conv3d(
         dilation: frames and pixels between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"`, `"eager"` or `"loops"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, T_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv3d` up to

@@ -26,14 +26,15 @@ attach_kernel_gradient = partial(handwritten.attach_kernel_gradient, _ENGINE)
 
 
 def distances(
-    padded: Tensor,
+    guidance: Tensor,
     centre: Tensor | None,
     window: Window,
-    size: tuple[int, int],
     measure: Measure,
     channel_wise: bool,
 ) -> Tensor:
     """As `handwritten.Engine` says, like all that follow."""
+    size = window.output_size(guidance.shape[-2], guidance.shape[-1])
+    padded = window.padded(guidance)
     at = _centre(padded, centre, window, size)
     channels = padded.shape[1] if channel_wise else 1
     distance = padded.new_zeros(padded.shape[0], channels, window.taps, *size)
@@ -46,7 +47,7 @@ def distances(
 
 
 def distance_gradients(
-    padded: Tensor,
+    guidance: Tensor,
     centre: Tensor | None,
     grad: Tensor,
     window: Window,
@@ -55,6 +56,7 @@ def distance_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of each difference, sent to its two ends."""
     size = (grad.shape[-2], grad.shape[-1])
+    padded = window.padded(guidance)
     at = _centre(padded, centre, window, size)
     grad_padded, grad_centre = torch.zeros_like(padded), torch.zeros_like(at)
     for t, (rows, columns) in enumerate(window.slices(size)):
@@ -65,10 +67,10 @@ def distance_gradients(
         grad_padded[:, :, rows, columns] += pull
         grad_centre -= pull
     if centre is not None:
-        return grad_padded, grad_centre
+        return unpadded(grad_padded, guidance, window), grad_centre
     rows, columns = _at(window, size, window.centre)
     grad_padded[:, :, rows, columns] += grad_centre
-    return grad_padded, None
+    return unpadded(grad_padded, guidance, window), None
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
@@ -78,7 +80,7 @@ def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, grou
     image = window.padded(input)
     if narrow.fits(input.shape[1], groups):
         made = narrow.pac_conv2d(image.to(wide), kernel.to(wide), weight.to(wide), window, size)
-        return as_convolved(made.to(input.dtype), input, weight)
+        return as_convolved(made.to(input.dtype), image, weight)
     padded = _channels_last(image, wide)  # [B, H', W', C_in]
     factors = _factors(kernel, wide)  # [KH*KW, B, H_out, W_out, 1 or C_in]
     filters = _filters(weight.to(wide), groups)  # [KH*KW, G, C_in/G, C_out/G]
@@ -88,7 +90,7 @@ def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, grou
     for t, (rows, columns) in enumerate(window.slices(size)):
         torch.mul(padded[:, rows, columns], factors[t], out=seen)
         _add_product(output, seen, filters[t])
-    return as_convolved(output.permute(0, 3, 1, 2).to(input.dtype), input, weight)
+    return as_convolved(output.permute(0, 3, 1, 2).to(input.dtype), image, weight)
 
 
 def gradients(

@@ -8,11 +8,17 @@ from torch import Tensor
 from pacswap.ops.window import Window
 
 
-def as_convolved(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """[B, C, H, W] in the memory format that `F.conv2d` gives its output for these two."""
+def as_convolved(output: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """[B, C, H, W] in the memory format that `F.conv2d` gives its output for these two.
+
+    Args:
+        output: [B, C_out, H_out, W_out].
+        image: the input, with its border if that is not of zeros.
+        weight: [C_out, C_in/groups, KH, KW].
+    """
     last = any(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-        for t in (input, weight)
+        for t in (image, weight)
     )
     # Models that call `.view` on a convolution's output rely on this.
     return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pacswap.ops import taps
 from pacswap.ops.measure import Measure
@@ -37,25 +38,24 @@ class Engine(Protocol):
 
     def distances(
         self,
-        padded: Tensor,
+        guidance: Tensor,
         centre: Tensor | None,
         window: Window,
-        size: tuple[int, int],
         measure: Measure,
         channel_wise: bool,
     ) -> Tensor:
-        """[B, 1 or D, KH*KW, *size] of features with their border."""
+        """[B, 1 or D, KH*KW, H_out, W_out], as `reference.tap_distance`."""
 
     def distance_gradients(
         self,
-        padded: Tensor,
+        guidance: Tensor,
         centre: Tensor | None,
         grad: Tensor,
         window: Window,
         measure: Measure,
         channel_wise: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """For the features with their border, and for the centre if that was given."""
+        """For the guidance, and for the centre if that was given."""
 
 
 def tap_distance(
@@ -66,10 +66,10 @@ def tap_distance(
     measure: Measure,
     channel_wise: bool,
 ) -> Tensor:
-    """As `reference.tap_distance`; keeps only the guidance (padded) and the centre for backward."""
-    size = window.output_size(guidance.shape[-2], guidance.shape[-1])
-    padded = window.padded(guidance)
-    return _TapDistance.apply(padded, centre, window, size, measure, channel_wise, engine)
+    """As `reference.tap_distance`; keeps only the guidance and the centre for backward."""
+    if _learns(guidance, centre):
+        return _TapDistance.apply(guidance, centre, window, measure, channel_wise, engine)
+    return engine.distances(guidance, centre, window, measure, channel_wise)
 
 
 def pac_conv2d(
@@ -82,7 +82,10 @@ def pac_conv2d(
     groups: int,
 ) -> Tensor:
     """As `reference.pac_conv2d`; the output has the memory format that `F.conv2d` would give it."""
-    output = _PacConv2d.apply(input, kernel, weight, window, groups, engine)
+    if _learns(input, kernel, weight):
+        output = _PacConv2d.apply(input, kernel, weight, window, groups, engine)
+    else:
+        output = engine.convolve(input, kernel, weight, window, groups)
     return output if bias is None else output + bias[:, None, None]
 
 
@@ -104,41 +107,47 @@ def attach_kernel_gradient(
     return _KernelGradient.apply(output, input, kernel, weight, window, groups, engine)
 
 
+def _learns(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know: it takes longer than a small layer."""
+    if forward_ad._current_level >= 0:
+        return True  # let autograd say that there is no forward mode
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class _TapDistance(torch.autograd.Function):
     @staticmethod
     def forward(
-        padded: Tensor,
+        guidance: Tensor,
         centre: Tensor | None,
         window: Window,
-        size: tuple[int, int],
         measure: Measure,
         channel_wise: bool,
         engine: Engine,
     ) -> Tensor:
-        return engine.distances(padded, centre, window, size, measure, channel_wise)
+        return engine.distances(guidance, centre, window, measure, channel_wise)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        padded, centre, ctx.window, _, ctx.measure, ctx.channel_wise, ctx.engine = inputs
-        ctx.has_centre = centre is not None
-        ctx.save_for_backward(*([padded] if centre is None else [padded, centre]))
+        guidance, centre, ctx.window, ctx.measure, ctx.channel_wise, ctx.engine = inputs
+        ctx.save_for_backward(*([guidance] if centre is None else [guidance, centre]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        padded = ctx.saved_tensors[0]
-        centre = ctx.saved_tensors[1] if ctx.has_centre else None
+        # Read once: a checkpoint that recomputes them gives them once.
+        guidance, *centres = ctx.saved_tensors
+        centre = centres[0] if centres else None
         window, options = ctx.window, (ctx.measure, ctx.channel_wise)
         results: Any
         if torch.is_grad_enabled():
             results = differentiable_vjp(
-                lambda f, c: taps.tap_distance(f, c, window.unpadded, *options),
-                (padded, centre),
+                lambda f, c: taps.tap_distance(f, c, window, *options),
+                (guidance, centre),
                 ctx.needs_input_grad[:2],
                 grad,
             )
         else:
-            results = ctx.engine.distance_gradients(padded, centre, grad, window, *options)
-        return *results, None, None, None, None, None
+            results = ctx.engine.distance_gradients(guidance, centre, grad, window, *options)
+        return *results, None, None, None, None
 
 
 class _PacConv2d(torch.autograd.Function):

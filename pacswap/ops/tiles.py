@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from typing import TypeAlias
 
@@ -17,7 +18,7 @@ _OUTPUTS = 1024
 _MOST = 1 << 18
 # Below this part of a window's taps that lie inside the image, taps are taken one by one, each
 # where it does.
-_DENSE = 0.85
+_DENSE = 0.65
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,22 @@ class Tile:
     down: tuple[int, int]
     across: tuple[int, int]
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """How many it has."""
         return (self.down[1] - self.down[0]) * (self.across[1] - self.across[0])
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int]:
         """(rows, columns) of outputs."""
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
-    @property
+    @cached_property
     def place(self) -> tuple[slice, slice]:
         """Its rows and columns of the output."""
         return slice(*self.rows), slice(*self.columns)
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[int, ...]:
         """All of it, for a compiled loop."""
         return *self.rows, *self.columns, *self.down, *self.across
@@ -80,6 +81,7 @@ class Tiling:
         ]
 
 
+@lru_cache(maxsize=256)
 def tiling(window: Window, image: tuple[int, int]) -> Tiling:
     """How to divide the work for one image.
 
@@ -100,11 +102,12 @@ def tiling(window: Window, image: tuple[int, int]) -> Tiling:
     one_by_one = inside < _DENSE
     blocks = []
     for rows in _even(0, size[0], round(size[0] * size[1] / _OUTPUTS)):
-        tiles = (Tile(rows, (0, size[1]), *((0, taps) for taps in window.kernel_size)),)
+        down, across = ((0, taps) for taps in window.kernel_size)
+        tiles = [Tile(rows, (0, size[1]), down, across)]
         if one_by_one:
-            tiles = tuple(_by_tap(rows, spans))
+            tiles = list(_by_tap(rows, spans))
         if tiles:
-            blocks.append(tiles)
+            blocks.append(tuple(tiles))
     tallest = max((tile.size[0] * tile.size[1] for block in blocks for tile in block), default=1)
     return Tiling(tuple(blocks), one_by_one, tallest)
 

@@ -9,13 +9,11 @@ import sys
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pacswap.ops import handwritten
 from pacswap.ops.format import as_convolved, unpadded
 from pacswap.ops.loops import dense, depthwise, distance
-from pacswap.ops.loops.planes import Layout
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
@@ -27,20 +25,20 @@ attach_kernel_gradient = partial(handwritten.attach_kernel_gradient, _ENGINE)
 
 
 def distances(
-    padded: Tensor,
+    guidance: Tensor,
     centre: Tensor | None,
     window: Window,
-    size: tuple[int, int],
     measure: Measure,
     channel_wise: bool,
 ) -> Tensor:
     """As `handwritten.Engine` says, like all that follow."""
-    given = (padded.detach(), None if centre is None else centre.detach())
-    return distance.distances(*given, window, size, square=measure == "square")
+    image, plane = _with_border(guidance.detach(), window)
+    given = None if centre is None else centre.detach()
+    return distance.distances(image.contiguous(), given, plane, square=measure == "square")
 
 
 def distance_gradients(
-    padded: Tensor,
+    guidance: Tensor,
     centre: Tensor | None,
     grad: Tensor,
     window: Window,
@@ -48,25 +46,24 @@ def distance_gradients(
     channel_wise: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Both ends of each difference."""
-    given = (padded.detach(), None if centre is None else centre.detach(), grad.detach())
-    return distance.gradients(*given, window, square=measure == "square")
+    image, plane = _with_border(guidance.detach(), window)
+    given = (None if centre is None else centre.detach(), grad.detach())
+    found, back = distance.gradients(image.contiguous(), *given, plane, square=measure == "square")
+    return _without_border(found, guidance, window), back
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
     """Depthwise plane by plane, else by matrix products."""
     wide = compute_dtype(input.dtype)
-    K, W = (t.detach().to(wide).contiguous() for t in (kernel, weight))
+    K, W = (tensor.detach().to(wide).contiguous() for tensor in (kernel, weight))
+    image, plane = _with_border(input.detach().to(wide), window)
     size = window.output_size(input.shape[-2], input.shape[-1])
-    shape = (input.shape[0], weight.shape[0], *size)
+    output = image.new_empty(input.shape[0], weight.shape[0], *size)
     if weight.shape[1] == 1:
-        image = window.padded(input.detach().to(wide))
-        output = image.new_empty(shape)
-        depthwise.convolve(image, K, W, output, _layout(image, window, size))
+        depthwise.convolve(image.contiguous(), K, W, output, plane)
     else:
-        image, plane = _with_border(input.detach().to(wide), window)
-        output = image.new_zeros(shape)
-        dense.convolve(image, K, W, output, plane, groups)
-    return as_convolved(output.to(input.dtype), input, weight)
+        dense.convolve(image.contiguous(), K, W, output, plane, groups)
+    return as_convolved(output.to(input.dtype), image, weight)
 
 
 def gradients(
@@ -77,33 +74,28 @@ def gradients(
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """For input, kernel and weight."""
-    input = inputs[0]
-    wide = compute_dtype(input.dtype)
+    wide = compute_dtype(grad.dtype)
     v, K, W, dY = (t.detach().to(wide).contiguous() for t in (*inputs, grad))
+    image, plane = _with_border(v, window)
+    image = image.contiguous()
+    found: tuple[Tensor | None, ...]
     if W.shape[1] == 1:
-        image = window.padded(v)
-        lie = _layout(image, window, (grad.shape[-2], grad.shape[-1]))
-        found = depthwise.gradients(image, K, W, dY, lie, needed)
-        has_border = True
+        found = depthwise.gradients(image, K, W, dY, plane)
     else:
-        image, plane = _with_border(v, window)
         found = dense.gradients(image, K, W, dY, plane, groups, needed)
-        has_border = image is not v
-    grad_image = found[0]
-    if grad_image is not None and has_border:
-        grad_image = unpadded(grad_image, input, window)
-    return [
-        None if g is None else g.to(t.dtype)
-        for g, t in zip((grad_image, *found[1:]), inputs, strict=True)
-    ]
+    grads = [None if g is None or not need else g for g, need in zip(found, needed, strict=True)]
+    if grads[0] is not None:
+        grads[0] = _without_border(grads[0], inputs[0], window)
+    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
 
 
 def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:
     """The image with a border that is not of zeros, and the window for it."""
     if window.padding_mode == "zeros":
-        return image.contiguous(), window
+        return image, window
     return window.padded(image), window.unpadded
 
 
-def _layout(image: Tensor, window: Window, size: tuple[int, int]) -> Layout:
-    return Layout(window, (image.shape[-2], image.shape[-1]), size)
+def _without_border(grad: Tensor, image: Tensor, window: Window) -> Tensor:
+    """The gradient of the image from that of what `_with_border` gave."""
+    return grad if window.padding_mode == "zeros" else unpadded(grad, image, window)

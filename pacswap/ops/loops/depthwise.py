@@ -6,82 +6,61 @@ import torch
 from torch import Tensor
 
 from pacswap.ops.loops import machine_planes as machine
-from pacswap.ops.loops.planes import Layout
+from pacswap.ops.loops.planes import Layout, layout
 from pacswap.ops.loops.threads import described, parts, shared
-
-# Numbers of the kernel that stay in a CPU's second cache while channel after channel uses them.
-_NUMBERS = 1 << 16
+from pacswap.ops.window import Window
 
 
-def convolve(image: Tensor, kernel: Tensor, weight: Tensor, output: Tensor, lie: Layout) -> None:
-    """Fill `output`, [B, C_out, H_out, W_out], contiguous.
+def convolve(image: Tensor, kernel: Tensor, weight: Tensor, output: Tensor, window: Window) -> None:
+    """Fill `output`, [B, C_out, H_out, W_out].
 
     Args:
-        image: v with its border, [B, C_in, H', W'], like all that follow in the weight's dtype.
+        image: v, [B, C_in, H, W], contiguous like all that follow, in the weight's dtype.
         kernel: K, [B, 1, KH*KW, H_out, W_out].
         weight: W, [C_out, 1, KH, KW], float32 or float64.
-        output: is filled.
-        lie: of the image.
+        output: contiguous.
+        window: the geometry, with a border of zeros.
     """
-    planes, factors = _arrays(lie, image, kernel)
-    channels = weight.shape[0]
-    threads = parts(channels, output.numel() * lie.window.taps)
-    rows = min(_rows(lie), lie.size[0])
-    room = image.new_empty(threads, rows * lie.row)
-    arrays = (planes, factors, _flat(weight), output, room)
+    lie = _layout(image, window)
+    channels = image.shape[1]
+    threads = parts(channels, output.numel() * window.taps)
+    room = image.new_empty(threads, lie.plane + lie.rows * lie.row)
+    arrays = (image, lie.outputs(kernel[:, 0]), weight.flatten(1), output, room)
     given = [number for array in arrays for number in described(array)]
-    shared(machine.depthwise, image, channels, threads, [*given, lie.row, *lie.offsets])
+    given += [*lie.numbers, lie.rows, *lie.offsets]
+    shared(machine.depthwise, image, channels, threads, given)
 
 
 def gradients(
-    image: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    lie: Layout,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for the image with its border, for kernel and weight.
+    image: Tensor, kernel: Tensor, weight: Tensor, grad: Tensor, window: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for image, kernel and weight.
 
     Args:
-        image: as in `convolve`, like `kernel`, `weight` and `lie`.
+        image: as in `convolve`, like `kernel`, `weight` and `window`.
         kernel: K.
         weight: W.
-        grad: of the output, [B, C_out, H_out, W_out], in the weight's dtype.
-        lie: of the image.
-        needed: which of the three are wanted.
-
-    Returns:
-        The three, each of its tensor's shape, None where not wanted.
+        grad: of the output, [B, C_out, H_out, W_out].
+        window: the window.
     """
-    planes, factors = _arrays(lie, image, kernel)
-    channels = planes.shape[1]
-    threads = parts(channels, grad.numel() * lie.window.taps)
-    flat = _flat(weight)
-    found: list[Tensor] = [
-        torch.zeros_like(planes) if needed[0] else planes[:0],
-        factors.new_zeros(threads, *factors.shape) if needed[1] else factors[None][:0],
-        torch.zeros_like(flat) if needed[2] else flat[:0],
-    ]
-    arrays = (planes, factors, flat, lie.outputs(grad), *found)
+    lie = _layout(image, window)
+    channels = image.shape[1]
+    threads = parts(channels, grad.numel() * window.taps)
+    factors, flat = lie.outputs(kernel[:, 0]), weight.flatten(1)
+    room = image.new_empty(threads, 2 * lie.plane + lie.rows * lie.row)
+    found = (
+        torch.zeros_like(image),
+        factors.new_zeros(threads, *factors.shape),
+        torch.zeros_like(flat),
+    )
+    arrays = (image, factors, flat, grad, *found, room)
     given = [number for array in arrays for number in described(array)]
-    given += [_rows(lie) * lie.row, *map(int, needed), *lie.offsets]
+    given += [*lie.numbers, lie.rows, *lie.offsets]
     shared(machine.depthwise_gradients, image, channels, threads, given)
-    grad_image = lie.image(found[0]) if needed[0] else None
-    grad_kernel = lie.sized(found[1].sum(0)).unsqueeze(1) if needed[1] else None
-    return grad_image, grad_kernel, found[2].view(weight.shape) if needed[2] else None
+    grad_kernel = lie.sized(found[1].sum(0)).unsqueeze(1)
+    return found[0], grad_kernel, found[2].view(weight.shape)
 
 
-def _arrays(lie: Layout, image: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """(v [B, C_in, plane], K [B, taps, H_out·row])."""
-    return lie.planes(image), lie.outputs(kernel[:, 0])
-
-
-def _flat(weight: Tensor) -> Tensor:
-    """[C_out, taps]."""
-    return weight.flatten(1).contiguous()
-
-
-def _rows(lie: Layout) -> int:
-    """How many rows are computed at once."""
-    return max(1, _NUMBERS // (lie.window.taps * lie.row))
+def _layout(image: Tensor, window: Window) -> Layout:
+    # K of a block is used by channel after channel.
+    return layout(window, (image.shape[2], image.shape[3]), numbers=window.taps)

@@ -1,7 +1,8 @@
 """Loops of the dense convolution, as numba compiles them: one tile of one image at a time.
 
-Each takes (first, last, thread, given, like), as `threads.shared` calls it. `tile` is `Tile.numbers`; `moves` is (border above, border left, vertical
-stride, horizontal stride, vertical dilation, horizontal dilation).
+Each takes (first, last, thread, given, like), as `threads.shared` calls it. `tile` is
+`Tile.numbers`; `moves` is (border above, border left, vertical stride, horizontal stride, vertical
+dilation, horizontal dilation).
 """
 
 from __future__ import annotations

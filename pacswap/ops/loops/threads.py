@@ -39,7 +39,7 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, fastmath=fast)(function)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
     """What lies at an address."""
 
@@ -49,7 +49,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(types.int64), code
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _ticket(typingctx: Any, address: Any) -> Any:
     """The number at an address, which becomes one more; no two threads get the same."""
 
@@ -99,7 +99,10 @@ def described(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.shape
 
 
-_EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+_EMPTY: dict[torch.dtype, Any] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
 
 
 @lru_cache(maxsize=64)
