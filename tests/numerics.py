@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pacswap import ops
 from pacswap.ops.window import Padding, Size2, Window, make_window
 
-BACKENDS = ("taps", "eager")
+BACKENDS = ("taps", "eager", "loops")
 HALVES = (torch.bfloat16, torch.float16)
 
 # What the helpers below say of numbers that differ.

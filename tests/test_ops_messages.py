@@ -18,8 +18,8 @@ from pacswap.errors import BackendError, ShapeError
 @pytest.mark.parametrize(
     ("backend", "compiling", "expected"),
     [
-        ("auto", False, ("eager", "tap by tap, keeps only input, kernel and weight for the backward pass")),
-        ("auto", True, ("taps", "eager is out: its hand-written backward is opaque to torch.compile and torch.export")),
+        ("auto", False, ("loops", "compiled loops, near the price of the convolution on a CPU")),
+        ("auto", True, ("taps", "ordinary operations, which compilers see through; loops is out: its loops are opaque to torch.compile and torch.export; eager is out: its hand-written backward is opaque to torch.compile and torch.export")),
         ("taps", False, ("taps", "asked for by name")),
         ("reference", True, ("reference", "asked for by name")),
     ],
@@ -33,7 +33,7 @@ def test_explain_says_which_backend_and_why(backend, compiling, expected, monkey
     ("backend", "message"),
     [
         ("egaer", "backend='egaer' is unknown. Nearest: 'eager'."),
-        ("cuda", "backend='cuda' is unknown. Known: 'auto', 'reference', 'taps', 'eager'."),
+        ("cuda", "backend='cuda' is unknown. Known: 'auto', 'reference', 'taps', 'eager', 'loops'."),
         ("eager", "backend='eager' cannot run this call: its hand-written backward is opaque to torch.compile and torch.export. Can: 'reference', 'taps'."),
     ],
 )  # fmt: skip

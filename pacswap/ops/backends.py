@@ -2,28 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from pacswap.errors import BackendError, nearest_hint, quoted
 from pacswap.ops import eager, reference, taps
+from pacswap.ops.measure import Measure
 
-Backend: TypeAlias = Literal["auto", "reference", "taps", "eager"]
+Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "taps": taps, "eager": eager}
+BACKENDS = ("reference", "taps", "eager", "loops")
+_PREFERRED = ("loops", "eager", "taps")  # in the order in which `auto` asks them
+_GOOD_AT = {
+    "loops": "compiled loops, near the price of the convolution on a CPU",
+    "eager": "tap by tap, keeps only input, kernel and weight for the backward pass",
+    "taps": "ordinary operations, which compilers see through",
+}
 
 
-def why_not(backend: str) -> str | None:
-    """Why that backend cannot run a call now, or None if it can."""
-    if backend == "eager" and torch.compiler.is_compiling():
+@dataclass(frozen=True)
+class Task:
+    """What a backend is asked to do.
+
+    Attributes:
+        tensors: input, kernel and weight of a convolution; the guidance of a kernel.
+        measure: φ, where distances are asked for.
+        channel_wise: whether there is a kernel for each channel.
+    """
+
+    tensors: tuple[Tensor, ...]
+    measure: Measure | None = None
+    channel_wise: bool = False
+
+
+def why_not(backend: str, task: Task | None = None) -> str | None:
+    """Why that backend cannot run a task now, or None if it can.
+
+    Without a task: why it can run none.
+    """
+    asked = _REFUSALS.get(backend)
+    return asked(task) if asked else None
+
+
+def _why_not_eager(task: Task | None) -> str | None:
+    if torch.compiler.is_compiling():
         return "its hand-written backward is opaque to torch.compile and torch.export"
     return None
 
 
-def explain(backend: Backend = "auto") -> tuple[str, str]:
+def _why_not_loops(task: Task | None) -> str | None:
+    if torch.compiler.is_compiling():
+        return "its loops are opaque to torch.compile and torch.export"
+    if not _has_numba():
+        return "numba is not installed (pip install numba)"
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return "its loops are opaque to what traces or watches torch's operations now"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "its loops are opaque to torch.func"
+    if task is None:
+        return None
+    for tensor in task.tensors:
+        if tensor.device.type != "cpu":
+            return f"its loops run on a CPU, and the tensors are on {tensor.device}"
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"its loops read plain tensors, and one is a {type(tensor).__name__}"
+    if task.channel_wise:
+        return "its loops know one kernel for all channels, not one for each"
+    if task.measure == "asymmetric":
+        return "its loops know no asymmetric difference"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[Task | None], str | None]] = {
+    "eager": _why_not_eager,
+    "loops": _why_not_loops,
+}
+
+
+@lru_cache(maxsize=1)
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, str]:
     """The backend that a call made now would take, and the reason.
+
+    Args:
+        backend: as in `pac_conv2d`.
+        task: what is asked of it; None for any.
 
     Returns:
         (name, reason).
@@ -32,24 +105,32 @@ def explain(backend: Backend = "auto") -> tuple[str, str]:
         BackendError: the named backend is unknown or cannot run the call.
 
     Example:
-        >>> explain()
-        ('eager', 'tap by tap, keeps only input, kernel and weight for the backward pass')
+        >>> explain("eager")
+        ('eager', 'asked for by name')
     """
     if backend == "auto":
-        refusal = why_not("eager")
-        if refusal is None:
-            return "eager", "tap by tap, keeps only input, kernel and weight for the backward pass"
-        return "taps", f"eager is out: {refusal}"
-    if backend not in _BACKENDS:
-        names = ["auto", *_BACKENDS]
+        refusals: list[str] = []
+        for name in _PREFERRED:
+            refusal = why_not(name, task)
+            if refusal is None:
+                return name, "; ".join([_GOOD_AT[name], *refusals])
+            refusals.append(f"{name} is out: {refusal}")
+    if backend not in BACKENDS:
+        names = ["auto", *BACKENDS]
         raise BackendError(f"backend={backend!r} is unknown. {nearest_hint(backend, names)}")
-    refusal = why_not(backend)
+    refusal = why_not(backend, task)
     if refusal is not None:
-        others = quoted([name for name in _BACKENDS if why_not(name) is None])
+        others = quoted([name for name in BACKENDS if why_not(name, task) is None])
         raise BackendError(f"backend={backend!r} cannot run this call: {refusal}. Can: {others}.")
     return backend, "asked for by name"
 
 
-def choose(backend: Backend) -> ModuleType:
+def choose(backend: Backend, task: Task | None = None) -> ModuleType:
     """The module that implements the backend that `explain` names."""
-    return _BACKENDS[explain(backend)[0]]
+    name = explain(backend, task)[0]
+    if name == "loops":
+        # Only here: numba need not be there, and takes long to import.
+        from pacswap.ops import loops
+
+        return loops
+    return {"eager": eager, "taps": taps, "reference": reference}[name]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pacswap.errors import ShapeError
 from pacswap.ops import eager, volume
-from pacswap.ops.backends import Backend, choose
+from pacswap.ops.backends import Backend, Task, choose, why_not
 from pacswap.ops.dimensions import (
     AnyWindow,
     SequenceWindow,
@@ -50,7 +50,7 @@ def pac_conv2d(
         dilation: pixels between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv2d` up to
@@ -101,7 +101,7 @@ def pac_conv1d(
         dilation: places between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, L_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv1d` up to rounding.
@@ -154,7 +154,7 @@ def pac_conv3d(
         dilation: frames and pixels between taps.
         groups: C_in and C_out are divided into so many groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`.
-        backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         [B, C_out, T_out, H_out, W_out], the dtype of `input`. `kernel` ≡ 1 gives `F.conv3d` up to
@@ -191,7 +191,7 @@ def convolve(
 ) -> Tensor:
     """The convolution of a window that is made already: the one way into the backends."""
     input, kernel, weight, bias = _checked(input, kernel, weight, bias, window, groups)
-    module = choose(backend)
+    module = choose(backend, _task(input, kernel, weight))
     if isinstance(window, VolumeWindow):
         return volume.pac_conv3d(module, input, kernel, weight, bias, window, groups)
     if isinstance(window, SequenceWindow):
@@ -221,15 +221,21 @@ def attach_kernel_gradient(
         groups: the convolution's groups.
     """
     input, kernel, weight, _ = _checked(input, kernel, weight, None, window, groups)
+    task = _task(input, kernel, weight)
+    module = eager if why_not("loops", task) else choose("loops", task)
     if isinstance(window, VolumeWindow):
-        return volume.attach_kernel_gradient(output, input, kernel, weight, window, groups)
+        return volume.attach_kernel_gradient(module, output, input, kernel, weight, window, groups)
     if isinstance(window, SequenceWindow):
         # A copy: what is changed in place must be no view.
         output = output.unsqueeze(-2).clone()
         input, kernel, weight = (t.unsqueeze(-2) for t in (input, kernel, weight))
-        made = eager.attach_kernel_gradient(output, input, kernel, weight, window.row, groups)
+        made = module.attach_kernel_gradient(output, input, kernel, weight, window.row, groups)
         return made.squeeze(-2)
-    return eager.attach_kernel_gradient(output, input, kernel, weight, window, groups)
+    return module.attach_kernel_gradient(output, input, kernel, weight, window, groups)
+
+
+def _task(input: Tensor, kernel: Tensor, weight: Tensor) -> Task:
+    return Task((input, kernel, weight), channel_wise=kernel.shape[1] > 1)
 
 
 def _sides(weight: Tensor, axes: int) -> tuple[int, ...]:

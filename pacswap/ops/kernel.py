@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pacswap.errors import ShapeError, nearest_hint
 from pacswap.ops import volume
-from pacswap.ops.backends import Backend, choose
+from pacswap.ops.backends import Backend, Task, choose
 from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window, axes_of
 from pacswap.ops.mask import masked
 from pacswap.ops.measure import Measure
@@ -86,7 +86,7 @@ def adapting_kernel(
             `"mean"`, KH·KW·K/ΣK with taps outside the image counted as 1, and all taps where the
             centre is outside, so that a constant guidance gives exactly 1.
         blend: 0 gives 1 everywhere, 1 gives N(K); a number or a scalar tensor.
-        backend: `"auto"`, `"reference"`, `"taps"` or `"eager"`; a named one runs or raises.
+        backend: `"auto"` or a name that `explain` knows; a named one runs or raises.
 
     Returns:
         K, [B, 1, KH*KW, H_out, W_out] (D instead of 1 with `channel_wise`), the dtype of
@@ -177,7 +177,8 @@ def _kernel_of(
         return kernel if counted.as_one is None else torch.where(counted.as_one, 1.0, kernel)
     exponent = -d / width if form == "laplacian" else -0.5 * d / width**2
     if not counted.divides:
-        return torch.exp(exponent)
+        # Below that, exp gives subnormal numbers, with which a CPU takes a hundred times as long.
+        return torch.exp(exponent.clamp(min=math.log(torch.finfo(d.dtype).tiny)))
     if counted.as_one is not None:
         exponent = torch.where(counted.as_one, 0.0, exponent)
     if counted.seen is not None:
@@ -229,7 +230,7 @@ def _distance(
     backend: Backend,
 ) -> Tensor:
     """`tap_distance` of an image or a volume."""
-    module = choose(backend)
+    module = choose(backend, Task((features,), measure, channel_wise))
     if isinstance(window, VolumeWindow):
         return volume.tap_distance(module, features, window, measure, channel_wise)
     centre = None if smoothing is None else smoothed_centre(features, smoothing, window)

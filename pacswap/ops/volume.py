@@ -12,7 +12,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pacswap.ops import eager
 from pacswap.ops.dimensions import VolumeWindow
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import compute_dtype
@@ -90,16 +89,22 @@ def pac_conv3d(
 
 
 def attach_kernel_gradient(
-    output: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, window: VolumeWindow, groups: int
+    module: ModuleType,
+    output: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    window: VolumeWindow,
+    groups: int,
 ) -> Tensor:
-    """As `eager.attach_kernel_gradient`, of volumes."""
+    """As `handwritten.attach_kernel_gradient`, of volumes."""
     T, plane = output.shape[2], window.plane.unpadded
     # Added to x, a negative zero leaves every bit of it, and the output's own gradient as it is.
     B, C, _, H, W = output.shape
     frames = output.new_full((T * B, C, H, W), -0.0, requires_grad=False)
     parts = zip(_seen(input, window, T), _factors(kernel, window), weight.unbind(2), strict=True)
     for seen, factors, filter in parts:
-        frames = eager.attach_kernel_gradient(frames, seen, factors, filter, plane, groups)
+        frames = module.attach_kernel_gradient(frames, seen, factors, filter, plane, groups)
     return output + _volume(frames, T, like=output)
 
 

@@ -1,0 +1,221 @@
+"""Backward passes by hand, which keep the input, the kernel and the weight only.
+
+An engine (`eager`, `loops`) computes; here is what autograd is told. A second derivative goes
+through `taps`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pacswap.ops import taps
+from pacswap.ops.measure import Measure
+from pacswap.ops.precision import differentiable_vjp
+from pacswap.ops.window import Window
+
+
+class Engine(Protocol):
+    """What computes, without autograd."""
+
+    def convolve(
+        self, input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int
+    ) -> Tensor:
+        """The convolution, in the dtype of `input` and the memory format `F.conv2d` gives."""
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        grad: Tensor,
+        window: Window,
+        groups: int,
+        needed: tuple[bool, ...],
+    ) -> list[Tensor | None]:
+        """For input, kernel and weight, each in its dtype, None where not needed."""
+
+    def distances(
+        self,
+        guidance: Tensor,
+        centre: Tensor | None,
+        window: Window,
+        measure: Measure,
+        channel_wise: bool,
+    ) -> Tensor:
+        """[B, 1 or D, KH*KW, H_out, W_out], as `reference.tap_distance`."""
+
+    def distance_gradients(
+        self,
+        guidance: Tensor,
+        centre: Tensor | None,
+        grad: Tensor,
+        window: Window,
+        measure: Measure,
+        channel_wise: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """For the guidance, and for the centre if that was given."""
+
+
+def tap_distance(
+    engine: Engine,
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    measure: Measure,
+    channel_wise: bool,
+) -> Tensor:
+    """As `reference.tap_distance`; keeps only the guidance and the centre for backward."""
+    if _learns(guidance, centre):
+        return _TapDistance.apply(guidance, centre, window, measure, channel_wise, engine)
+    return engine.distances(guidance, centre, window, measure, channel_wise)
+
+
+def pac_conv2d(
+    engine: Engine,
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    groups: int,
+) -> Tensor:
+    """As `reference.pac_conv2d`; the output has the memory format that `F.conv2d` would give it."""
+    if _learns(input, kernel, weight):
+        output = _PacConv2d.apply(input, kernel, weight, window, groups, engine)
+    else:
+        output = engine.convolve(input, kernel, weight, window, groups)
+    return output if bias is None else output + bias[:, None, None]
+
+
+def attach_kernel_gradient(
+    engine: Engine,
+    output: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    window: Window,
+    groups: int,
+) -> Tensor:
+    """Give a plain convolution's output the gradient of the adapting kernel that is 1 everywhere.
+
+    At K ≡ 1 PAC is the convolution, but ∂y/∂K = W·v is not zero. So `output` may come from
+    `F.conv2d`, bit for bit, and the kernel still learns. `output` is changed in place (as autograd
+    sees it; its values stay).
+    """
+    return _KernelGradient.apply(output, input, kernel, weight, window, groups, engine)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know: it takes longer than a small layer."""
+    if forward_ad._current_level >= 0:
+        return True  # let autograd say that there is no forward mode
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _TapDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        guidance: Tensor,
+        centre: Tensor | None,
+        window: Window,
+        measure: Measure,
+        channel_wise: bool,
+        engine: Engine,
+    ) -> Tensor:
+        return engine.distances(guidance, centre, window, measure, channel_wise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        guidance, centre, ctx.window, ctx.measure, ctx.channel_wise, ctx.engine = inputs
+        ctx.save_for_backward(*([guidance] if centre is None else [guidance, centre]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Read once: a checkpoint that recomputes them gives them once.
+        guidance, *centres = ctx.saved_tensors
+        centre = centres[0] if centres else None
+        window, options = ctx.window, (ctx.measure, ctx.channel_wise)
+        results: Any
+        if torch.is_grad_enabled():
+            results = differentiable_vjp(
+                lambda f, c: taps.tap_distance(f, c, window, *options),
+                (guidance, centre),
+                ctx.needs_input_grad[:2],
+                grad,
+            )
+        else:
+            results = ctx.engine.distance_gradients(guidance, centre, grad, window, *options)
+        return *results, None, None, None, None
+
+
+class _PacConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input: Tensor,
+        kernel: Tensor,
+        weight: Tensor,
+        window: Window,
+        groups: int,
+        engine: Engine,
+    ) -> Tensor:
+        return engine.convolve(input, kernel, weight, window, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, kernel, weight, ctx.window, ctx.groups, ctx.engine = inputs
+        ctx.save_for_backward(input, kernel, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            grads = differentiable_vjp(
+                lambda x, k, w: taps.pac_conv2d(x, k, w, None, ctx.window, ctx.groups),
+                inputs,
+                needed,
+                grad,
+            )
+        else:
+            grads = ctx.engine.gradients(inputs, grad, ctx.window, ctx.groups, needed)
+        return *grads, None, None, None
+
+
+class _KernelGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        output: Tensor,
+        input: Tensor,
+        kernel: Tensor,
+        weight: Tensor,
+        window: Window,
+        groups: int,
+        engine: Engine,
+    ) -> Tensor:
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        changed, input, kernel, weight, ctx.window, ctx.groups, ctx.engine = inputs
+        # An output that is an input counts as a view otherwise, and views of a custom function
+        # refuse the in-place activation that often follows.
+        ctx.mark_dirty(changed)
+        ctx.save_for_backward(input, kernel, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # y = conv(v) + Σ (K−1)·W·v: at K = 1 the sum is 0, its mixed second derivatives are
+            # not.
+            grads = differentiable_vjp(
+                lambda x, k, w: taps.pac_conv2d(x, k - 1, w, None, ctx.window, ctx.groups),
+                inputs,
+                ctx.needs_input_grad[1:4],
+                grad,
+            )
+        else:
+            needed = (False, True, False)
+            grads = ctx.engine.gradients(inputs, grad, ctx.window, ctx.groups, needed)
+        return grad, *grads, None, None, None

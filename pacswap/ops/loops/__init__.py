@@ -1,0 +1,101 @@
+"""PAC in loops that numba compiles, for CPUs: near the price of the convolution.
+
+Half precisions are computed in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pacswap.ops import handwritten
+from pacswap.ops.format import as_convolved, unpadded
+from pacswap.ops.loops import dense, depthwise, distance
+from pacswap.ops.measure import Measure
+from pacswap.ops.precision import compute_dtype
+from pacswap.ops.window import Window
+
+_ENGINE: Any = sys.modules[__name__]
+tap_distance = partial(handwritten.tap_distance, _ENGINE)
+pac_conv2d = partial(handwritten.pac_conv2d, _ENGINE)
+attach_kernel_gradient = partial(handwritten.attach_kernel_gradient, _ENGINE)
+
+
+def distances(
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    measure: Measure,
+    channel_wise: bool,
+) -> Tensor:
+    """As `handwritten.Engine` says, like all that follow."""
+    image, plane = _with_border(guidance.detach(), window)
+    given = None if centre is None else centre.detach()
+    return distance.distances(image.contiguous(), given, plane, square=measure == "square")
+
+
+def distance_gradients(
+    guidance: Tensor,
+    centre: Tensor | None,
+    grad: Tensor,
+    window: Window,
+    measure: Measure,
+    channel_wise: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Both ends of each difference."""
+    image, plane = _with_border(guidance.detach(), window)
+    given = (None if centre is None else centre.detach(), grad.detach())
+    found, back = distance.gradients(image.contiguous(), *given, plane, square=measure == "square")
+    return _without_border(found, guidance, window), back
+
+
+def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+    """Depthwise plane by plane, else by matrix products."""
+    wide = compute_dtype(input.dtype)
+    K, W = (tensor.detach().to(wide).contiguous() for tensor in (kernel, weight))
+    image, plane = _with_border(input.detach().to(wide), window)
+    size = window.output_size(input.shape[-2], input.shape[-1])
+    output = image.new_empty(input.shape[0], weight.shape[0], *size)
+    if weight.shape[1] == 1:
+        depthwise.convolve(image.contiguous(), K, W, output, plane)
+    else:
+        dense.convolve(image.contiguous(), K, W, output, plane, groups)
+    return as_convolved(output.to(input.dtype), image, weight)
+
+
+def gradients(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    window: Window,
+    groups: int,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """For input, kernel and weight."""
+    wide = compute_dtype(grad.dtype)
+    v, K, W, dY = (t.detach().to(wide).contiguous() for t in (*inputs, grad))
+    image, plane = _with_border(v, window)
+    image = image.contiguous()
+    found: tuple[Tensor | None, ...]
+    if W.shape[1] == 1:
+        found = depthwise.gradients(image, K, W, dY, plane)
+    else:
+        found = dense.gradients(image, K, W, dY, plane, groups, needed)
+    grads = [None if g is None or not need else g for g, need in zip(found, needed, strict=True)]
+    if grads[0] is not None:
+        grads[0] = _without_border(grads[0], inputs[0], window)
+    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
+
+
+def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:
+    """The image with a border that is not of zeros, and the window for it."""
+    if window.padding_mode == "zeros":
+        return image, window
+    return window.padded(image), window.unpadded
+
+
+def _without_border(grad: Tensor, image: Tensor, window: Window) -> Tensor:
+    """The gradient of the image from that of what `_with_border` gave."""
+    return grad if window.padding_mode == "zeros" else unpadded(grad, image, window)

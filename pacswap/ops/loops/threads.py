@@ -1,0 +1,136 @@
+"""Loops compiled by numba, run by the threads that torch computes with.
+
+numba's own parallel loops would bring a second OpenMP beside torch's; its threads and torch's would
+wait for the same cores. The threads of torch's OpenMP can be lent: its entry for compilers,
+GOMP_parallel, calls any function of C, and numba makes such functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# Numbers below which waking a thread takes longer than what it would do.
+_WORTH_A_THREAD = 1 << 15
+# OpenMP as GNU, Intel and LLVM name it; all three have the entry.
+_OPENMP = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.dylib")
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function as machine code, compiled for the types of a call when it is first called.
+
+    Additions may be reordered, which vectorised sums need; NaN and infinity stay what they are.
+    """
+    fast = {"contract", "reassoc", "nsz"}
+    try:
+        return numba.njit(nogil=True, fastmath=fast, cache=True)(function)
+    except RuntimeError:  # neither beside this file nor in the user's home can a cache be written
+        return numba.njit(nogil=True, fastmath=fast)(function)
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """What lies at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), code
+
+
+@intrinsic
+def _ticket(typingctx: Any, address: Any) -> Any:
+    """The number at an address, which becomes one more; no two threads get the same."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = ir.IntType(64)
+        place = builder.inttoptr(args[0], number.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(number, 1), "seq_cst")
+
+    return types.int64(types.int64), code
+
+
+def parts(count: int, numbers: int) -> int:
+    """Among how many threads to share so much work.
+
+    Args:
+        count: of what can be divided.
+        numbers: that are computed in all; few are left to one thread.
+    """
+    if _parallel() is None:
+        return 1
+    return max(1, min(torch.get_num_threads(), count, numbers // _WORTH_A_THREAD))
+
+
+def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[int]) -> None:
+    """Call `loop(first, last, thread, given, like)` so that all of `range(count)` is done.
+
+    Args:
+        loop: compiled; takes the numbers of `given` as an array, and an empty array of the dtype.
+        like: its dtype is that of all tensors, float32 or float64.
+        count: of what can be divided.
+        threads: what `parts` gave.
+        given: addresses, sizes and other numbers.
+    """
+    head = [0, threads, count, len(given), 0]
+    packed = np.array([*head, *given], dtype=np.int64)
+    if threads == 1:
+        loop(0, count, 0, packed[len(head) :], _EMPTY[like.dtype])
+        return
+    packed[4] = packed.ctypes.data
+    entry = _parallel()
+    assert entry is not None  # `parts` asked
+    entry(_region(loop, like.dtype).address, packed.ctypes.data, threads, 0)
+
+
+def described(tensor: Tensor) -> tuple[int, ...]:
+    """(address, *sizes) of a contiguous tensor, as loops read it."""
+    return tensor.data_ptr(), *tensor.shape
+
+
+_EMPTY: dict[torch.dtype, Any] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
+
+
+@lru_cache(maxsize=64)
+def _region(loop: Any, dtype: torch.dtype) -> Any:
+    """A loop as the function that each thread of a parallel region calls."""
+    kind = _EMPTY[dtype].dtype
+
+    def region(data: Any) -> None:
+        head = numba.carray(data, (5,), np.int64)
+        given = numba.carray(data, (5 + head[3],), np.int64)[5:]
+        thread, threads, count = _ticket(head[4]), head[1], head[2]
+        if thread < threads:
+            first, last = count * thread // threads, count * (thread + 1) // threads
+            loop(first, last, thread, given, np.empty(0, kind))
+
+    return numba.cfunc("void(voidptr)")(region)
+
+
+@lru_cache(maxsize=1)
+def _parallel() -> Any:
+    """GOMP_parallel of the OpenMP that torch has loaded; None where that has no such entry."""
+    for name in _OPENMP:
+        try:
+            library = ctypes.CDLL(name, mode=getattr(os, "RTLD_NOLOAD", 0))
+            entry = library.GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        entry.restype = None
+        return entry
+    return None
