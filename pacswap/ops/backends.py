@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -9,16 +10,25 @@ import torch
 
 from pacswap.errors import BackendError, nearest_hint, quoted
 from pacswap.ops import eager, reference, taps
+from pacswap.ops.gpu.refusal import why_not_here
 
-Backend: TypeAlias = Literal["auto", "reference", "taps", "eager"]
+Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "triton"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "taps": taps, "eager": eager}
+# None: imported when it is first chosen.
+_BACKENDS: dict[str, ModuleType | None] = {
+    "reference": reference,
+    "taps": taps,
+    "eager": eager,
+    "triton": None,
+}
 
 
 def why_not(backend: str) -> str | None:
     """Why that backend cannot run a call now, or None if it can."""
     if backend == "eager" and torch.compiler.is_compiling():
         return "its hand-written backward is opaque to torch.compile and torch.export"
+    if backend == "triton":
+        return why_not_here()
     return None
 
 
@@ -52,4 +62,5 @@ def explain(backend: Backend = "auto") -> tuple[str, str]:
 
 def choose(backend: Backend) -> ModuleType:
     """The module that implements the backend that `explain` names."""
-    return _BACKENDS[explain(backend)[0]]
+    module = _BACKENDS[explain(backend)[0]]
+    return import_module("pacswap.ops.gpu.backend") if module is None else module

@@ -6,6 +6,7 @@ precisions are computed in float32. A second derivative goes through `taps`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def attach_kernel_gradient(
     `F.conv2d`, bit for bit, and the kernel still learns. `output` is changed in place (as autograd
     sees it; its values stay).
     """
-    return _KernelGradient.apply(output, input, kernel, weight, window, groups)
+    return KernelGradient.apply(output, input, kernel, weight, window, groups, _gradients)
 
 
 class _TapDistance(torch.autograd.Function):
@@ -144,16 +145,25 @@ class _PacConv2d(torch.autograd.Function):
         return *grads, None, None
 
 
-class _KernelGradient(torch.autograd.Function):
+class KernelGradient(torch.autograd.Function):
+    """`attach_kernel_gradient` with the gradients that a backend computes."""
+
     @staticmethod
     def forward(
-        output: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int
+        output: Tensor,
+        input: Tensor,
+        kernel: Tensor,
+        weight: Tensor,
+        window: Window,
+        groups: int,
+        gradients: Callable[..., list[Tensor | None]],
     ) -> Tensor:
+        """The output, as it is; `gradients` is called as `_gradients` is."""
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        changed, input, kernel, weight, ctx.window, ctx.groups = inputs
+        changed, input, kernel, weight, ctx.window, ctx.groups, ctx.gradients = inputs
         # An output that is an input counts as a view otherwise, and views of a custom function
         # refuse the in-place activation that often follows.
         ctx.mark_dirty(changed)
@@ -172,8 +182,8 @@ class _KernelGradient(torch.autograd.Function):
                 grad,
             )
         else:
-            grads = _gradients(inputs, grad, ctx.window, ctx.groups, (False, True, False))
-        return grad, *grads, None, None
+            grads = ctx.gradients(inputs, grad, ctx.window, ctx.groups, (False, True, False))
+        return grad, *grads, None, None, None
 
 
 def _gradients(
