@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -63,4 +62,9 @@ def explain(backend: Backend = "auto") -> tuple[str, str]:
 def choose(backend: Backend) -> ModuleType:
     """The module that implements the backend that `explain` names."""
     module = _BACKENDS[explain(backend)[0]]
-    return import_module("pacswap.ops.gpu.backend") if module is None else module
+    if module is None:
+        # A statement, which torch.compile follows as it does not `import_module`.
+        from pacswap.ops.gpu import backend as triton
+
+        return triton
+    return module

@@ -35,15 +35,23 @@ def pac_conv2d(
 
 
 def attach_kernel_gradient(
-    output: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int
+    output: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    window: Window,
+    groups: int,
+    *,
+    gradients: Callable[..., list[Tensor | None]] | None = None,
 ) -> Tensor:
     """Give a plain convolution's output the gradient of the adapting kernel that is 1 everywhere.
 
     At K ≡ 1 PAC is the convolution, but ∂y/∂K = W·v is not zero. So `output` may come from
     `F.conv2d`, bit for bit, and the kernel still learns. `output` is changed in place (as autograd
-    sees it; its values stay).
+    sees it; its values stay). `gradients` computes the first derivatives in place of `_gradients`.
     """
-    return KernelGradient.apply(output, input, kernel, weight, window, groups, _gradients)
+    given = output, input, kernel, weight, window, groups
+    return _KernelGradient.apply(*given, _gradients if gradients is None else gradients)
 
 
 class _TapDistance(torch.autograd.Function):
@@ -145,20 +153,9 @@ class _PacConv2d(torch.autograd.Function):
         return *grads, None, None
 
 
-class KernelGradient(torch.autograd.Function):
-    """`attach_kernel_gradient` with the gradients that a backend computes."""
-
+class _KernelGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        output: Tensor,
-        input: Tensor,
-        kernel: Tensor,
-        weight: Tensor,
-        window: Window,
-        groups: int,
-        gradients: Callable[..., list[Tensor | None]],
-    ) -> Tensor:
-        """The output, as it is; `gradients` is called as `_gradients` is."""
+    def forward(output: Tensor, *given: Any) -> Tensor:
         return output
 
     @staticmethod

@@ -47,10 +47,17 @@ def attach_kernel_gradient(
     image, window = with_zeros(input, window)
     geometry = Geometry.of(window, image.shape[2], image.shape[3])
 
-    def gradients(inputs, grad, window, groups, needed):  # type: ignore[no-untyped-def]
+    def gradients(
+        inputs: tuple[Tensor, Tensor, Tensor],
+        grad: Tensor,
+        window: Window,
+        groups: int,
+        needed: tuple[bool, ...],
+    ) -> list[Tensor | None]:
         return library.conv_gradients(inputs, grad, geometry, groups, needed)
 
-    return eager.KernelGradient.apply(output, image, kernel, weight, window, groups, gradients)
+    given = output, image, kernel, weight, window, groups
+    return eager.attach_kernel_gradient(*given, gradients=gradients)
 
 
 def _check(input: Tensor, weight: Tensor | None, window: Window, groups: int) -> None:

@@ -16,7 +16,7 @@ from pacswap.ops.gpu.tuning import PRODUCT, PULL, WEIGHT, tuned
 @tuned(PRODUCT)
 @triton.jit
 def forward(
-    x, k, w, y, M, C, H, W, O, HO, WO, TOP, LEFT, size,
+    x, k, w, y, M, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -24,7 +24,7 @@ def forward(
 ):  # fmt: skip
     """Y[p, o] = Σ_t Σ_c (K[t, p] · x[p+t, c]) · w[t, g, c, o]."""
     T: tl.constexpr = KH * KW
-    CG, OG = C // G, O // G
+    CG, OG = C // G, CO // G
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     known = p < M
     b, py, px = decode(p, HO, WO)
@@ -55,7 +55,7 @@ def forward(
         )  # fmt: skip
         total = tl.dot(scaled, filters, total, input_precision=PRECISION)
     tl.store(
-        y + (pixel(b, py, px, O, HO, WO, Y_LAST)[:, None] + channel(g * OG + o, HO, WO, Y_LAST)),
+        y + (pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None] + channel(g * OG + o, HO, WO, Y_LAST)),
         total.to(y.dtype.element_ty), mask=known[:, None] & (o < OG),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def forward(
 @tuned(PULL)
 @triton.jit
 def pull(
-    dy, x, k, w, dx, dk, B, C, H, W, O, HO, WO, TOP, LEFT, LIFT_Y, LIFT_X, size,
+    dy, x, k, w, dx, dk, B, C, H, W, CO, HO, WO, TOP, LEFT, LIFT_Y, LIFT_X, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, D_LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -76,7 +76,7 @@ def pull(
     nobody adds to another's dx: no atomics. Sums over blocks of channels are the caller's.
     """
     T: tl.constexpr = KH * KW
-    CG, OG = C // G, O // G
+    CG, OG = C // G, CO // G
     phase = tl.program_id(0) % (SH * SW)
     b, i, j, qy, qx = owned(tl.program_id(0) // (SH * SW), H, W, phase, SH, SW, BP)
     known = (b < B) & (qy < H) & (qx < W)
@@ -96,7 +96,7 @@ def pull(
         if (ny % SH == 0) & (nx % SW == 0):
             py, px = i + ny // SH - LIFT_Y, j + nx // SW - LIFT_X
             seen = known & inside(py, px, HO, WO)
-            p = pixel(b, py, px, O, HO, WO, Y_LAST)[:, None]
+            p = pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None]
             z = tl.zeros([BP, BC], tl.float32)
             for start in range(0, OG, BO):
                 o = start + tl.arange(0, BO)
@@ -109,7 +109,7 @@ def pull(
                     mask=(o < OG)[:, None] & (c < CG), other=0.0,
                 )  # fmt: skip
                 z = tl.dot(grad, filters, z, input_precision=PRECISION)
-            total = _spread(
+            total = spread(
                 z, own, total, k, dk, b, g * CG + c, t, py, px, seen, c < CG, B, C, T, HO, WO,
                 EACH, WANT_INPUT, WANT_KERNEL,
             )  # fmt: skip
@@ -119,7 +119,7 @@ def pull(
 
 
 @triton.jit
-def _spread(
+def spread(
     z, own, total, k, dk, b, c, t, py, px, seen, real, B, C, T: tl.constexpr, HO, WO,
     EACH: tl.constexpr, WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _spread(
 @tuned(WEIGHT)
 @triton.jit
 def weight_gradient(
-    dy, x, k, dw, M, CHUNK, C, H, W, O, HO, WO, TOP, LEFT, size,
+    dy, x, k, dw, M, CHUNK, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,7 +153,7 @@ def weight_gradient(
 ):  # fmt: skip
     """dw[s, t, g, c, o] = Σ_p (K[t, p] · x[p+t, c]) · dy[p, o] over the s-th CHUNK of pixels."""
     T: tl.constexpr = KH * KW
-    CG, OG = C // G, O // G
+    CG, OG = C // G, CO // G
     tile, s = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(OG, BO)
     o = tile % across * BO + tl.arange(0, BO)
@@ -180,7 +180,7 @@ def weight_gradient(
         scaled = (seen.to(tl.float32) * scale.to(tl.float32)).to(seen.dtype)  # [BC, BP]
         grad = tl.load(
             dy
-            + (pixel(b, py, px, O, HO, WO, Y_LAST)[:, None] + channel(g * OG + o, HO, WO, Y_LAST)),
+            + (pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None] + channel(g * OG + o, HO, WO, Y_LAST)),
             mask=known[:, None] & (o < OG), other=0.0,
         )  # fmt: skip
         total = tl.dot(scaled, grad, total, input_precision=PRECISION)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pacswap.ops.gpu.dense import _spread
+from pacswap.ops.gpu.dense import spread
 from pacswap.ops.gpu.places import channel, decode, factor, inside, owned, pixel
 from pacswap.ops.gpu.tuning import PIXELWISE, POINTWISE, tuned
 
@@ -38,7 +38,7 @@ def _scaled(
 @tuned(POINTWISE)
 @triton.jit
 def forward(
-    x, k, w, y, M, C, H, W, O, HO, WO, TOP, LEFT, size,
+    x, k, w, y, M, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
@@ -48,24 +48,24 @@ def forward(
     known = p < M
     b, py, px = decode(p, HO, WO)
     o = tl.program_id(1) * BC + tl.arange(0, BC)
-    c = o // (O // C)
+    c = o // (CO // C)
     total = tl.zeros([BP, BC], tl.float32)
     for t in range(KH * KW):
         scaled = _scaled(
             x, k, b, c, py, px, t, known, C, H, W, HO, WO, TOP, LEFT,
             KH, KW, SH, SW, DH, DW, EACH, X_LAST,
         )  # fmt: skip
-        total += scaled * tl.load(w + t * O + o, mask=o < O, other=0.0).to(tl.float32)
+        total += scaled * tl.load(w + t * CO + o, mask=o < CO, other=0.0).to(tl.float32)
     tl.store(
-        y + (pixel(b, py, px, O, HO, WO, Y_LAST)[:, None] + channel(o, HO, WO, Y_LAST)),
-        total.to(y.dtype.element_ty), mask=known[:, None] & (o < O),
+        y + (pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None] + channel(o, HO, WO, Y_LAST)),
+        total.to(y.dtype.element_ty), mask=known[:, None] & (o < CO),
     )  # fmt: skip
 
 
 @tuned(PIXELWISE)
 @triton.jit
 def pull(
-    dy, x, k, w, dx, dk, B, C, H, W, O, HO, WO, TOP, LEFT, LIFT_Y, LIFT_X, size,
+    dy, x, k, w, dx, dk, B, C, H, W, CO, HO, WO, TOP, LEFT, LIFT_Y, LIFT_X, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, D_LAST: tl.constexpr,
@@ -83,14 +83,14 @@ def pull(
         q = pixel(b, qy, qx, C, H, W, X_LAST)[:, None] + channel(c, H, W, X_LAST)
         own = tl.load(x + q, mask=mine, other=0.0).to(tl.float32)
     total = tl.zeros([BP, BC], tl.float32)
-    mult = O // C
+    mult = CO // C
     for t in range(T):
         ny = phase // SW + TOP - t // KW * DH + LIFT_Y * SH
         nx = phase % SW + LEFT - t % KW * DW + LIFT_X * SW
         if (ny % SH == 0) & (nx % SW == 0):
             py, px = i + ny // SH - LIFT_Y, j + nx // SW - LIFT_X
             seen = known & inside(py, px, HO, WO)
-            p = pixel(b, py, px, O, HO, WO, Y_LAST)[:, None]
+            p = pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None]
             z = tl.zeros([BP, BC], tl.float32)
             for m in range(mult):
                 o = c * mult + m
@@ -98,9 +98,9 @@ def pull(
                     dy + (p + channel(o, HO, WO, Y_LAST)),
                     mask=seen[:, None] & (c < C), other=0.0,
                 )  # fmt: skip
-                filters = tl.load(w + t * O + o, mask=c < C, other=0.0)
+                filters = tl.load(w + t * CO + o, mask=c < C, other=0.0)
                 z += grad.to(tl.float32) * filters.to(tl.float32)
-            total = _spread(
+            total = spread(
                 z, own, total, k, dk, b, c, t, py, px, seen, c < C, B, C, T, HO, WO,
                 EACH, WANT_INPUT, WANT_KERNEL,
             )  # fmt: skip
@@ -112,17 +112,17 @@ def pull(
 @tuned(POINTWISE)
 @triton.jit
 def weight_gradient(
-    dy, x, k, dw, M, CHUNK, C, H, W, O, HO, WO, TOP, LEFT, size,
+    dy, x, k, dw, M, CHUNK, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, EACH: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dw[s, t, o] = Σ_p K[t, p] · x[p+t, o // MULT] · dy[p, o] over the s-th CHUNK of pixels."""
     T: tl.constexpr = KH * KW
-    across = tl.cdiv(O, BC)
+    across = tl.cdiv(CO, BC)
     t, s = tl.program_id(0) // across, tl.program_id(1)
     o = tl.program_id(0) % across * BC + tl.arange(0, BC)
-    c = o // (O // C)
+    c = o // (CO // C)
     last = tl.minimum(M, (s + 1) * CHUNK)
     total = tl.zeros([BP, BC], tl.float32)
     for start in range(s * CHUNK, last, BP):
@@ -133,7 +133,7 @@ def weight_gradient(
             x, k, b, c, py, px, t, known, C, H, W, HO, WO, TOP, LEFT,
             KH, KW, SH, SW, DH, DW, EACH, X_LAST,
         )  # fmt: skip
-        at = pixel(b, py, px, O, HO, WO, Y_LAST)[:, None] + channel(o, HO, WO, Y_LAST)
-        grad = tl.load(dy + at, mask=known[:, None] & (o < O), other=0.0)
+        at = pixel(b, py, px, CO, HO, WO, Y_LAST)[:, None] + channel(o, HO, WO, Y_LAST)
+        grad = tl.load(dy + at, mask=known[:, None] & (o < CO), other=0.0)
         total += scaled * grad.to(tl.float32)
-    tl.store(dw + (s.to(tl.int64) * T + t) * O + o, tl.sum(total, 0), mask=o < O)
+    tl.store(dw + (s.to(tl.int64) * T + t) * CO + o, tl.sum(total, 0), mask=o < CO)

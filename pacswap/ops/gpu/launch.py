@@ -42,20 +42,22 @@ def pac_conv2d(
     input: Tensor, kernel: Tensor, weight: Tensor, geometry: Geometry, groups: int, last: bool
 ) -> Tensor:
     """PAC without a bias; the output has its channels last in memory if `last`."""
-    B, O = input.shape[0], weight.shape[0]
-    output = empty(input, (B, O, geometry.HO, geometry.WO), last)
+    B, CO = input.shape[0], weight.shape[0]
+    output = empty(input, (B, CO, geometry.HO, geometry.WO), last)
     M = B * geometry.HO * geometry.WO
     if not output.numel():
         return output
-    programs, given = _call(input, kernel, O, geometry, groups)
+    programs, given = _call(input, kernel, CO, geometry, groups)
     filters = _by_tap(weight, groups)  # [T, G, C_out/G, C_in/G]
 
     def grid(m: dict[str, int]) -> tuple[int, int]:
-        each, block = (O, m["BC"]) if programs is depthwise else (O // groups, m["BO"])
+        each, block = (CO, m["BC"]) if programs is depthwise else (CO // groups, m["BO"])
         return blocks(M, m["BP"]), (1 if programs is depthwise else groups) * blocks(each, block)
 
     w = filters.transpose(2, 3).contiguous()
-    run(programs.forward, grid, output, **given, w=w, y=output, M=M, size=size_class(M), Y_LAST=last)
+    run(
+        programs.forward, grid, output, **given, w=w, y=output, M=M, size=size_class(M), Y_LAST=last
+    )
     return output
 
 
@@ -72,7 +74,7 @@ def pull(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the adapting kernel, empty where not wanted."""
     B, C, H, W = input.shape
-    O, alone = weight.shape[0], _is_depthwise(input, groups)
+    CO, alone = weight.shape[0], _is_depthwise(input, groups)
     last = is_last(input)
     grad_input = empty(input, (B, C, H, W) if want_input else (0, 0, 0, 0), last)
     block = channel_block(C if alone else C // groups)
@@ -83,7 +85,7 @@ def pull(
     else:
         shares = grad.new_zeros(columns, *kernel.shape, dtype=torch.float32)
     if grad.numel() and input.numel():
-        programs, given = _call(input, kernel, O, geometry, groups)
+        programs, given = _call(input, kernel, CO, geometry, groups)
         dy, dy_last = laid(grad)
         rows, strides = phases(input, geometry)
 
@@ -106,23 +108,23 @@ def weight_gradient(
     grad: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, geometry: Geometry, groups: int
 ) -> Tensor:
     """The gradient of the weight; of `weight` only the shape counts."""
-    O, C, T = weight.shape[0], input.shape[1], geometry.KH * geometry.KW
+    CO, C, T = weight.shape[0], input.shape[1], geometry.KH * geometry.KW
     M = grad.shape[0] * geometry.HO * geometry.WO
     if not (M and weight.numel()):
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    programs, given = _call(input, kernel, O, geometry, groups)
+    programs, given = _call(input, kernel, CO, geometry, groups)
     alone = programs is depthwise
-    CG, OG = C // groups, O // groups
-    tiles = T * (blocks(O, 16) if alone else groups * blocks(CG, 64) * blocks(OG, 64))
+    CG, OG = C // groups, CO // groups
+    tiles = T * (blocks(CO, 16) if alone else groups * blocks(CG, 64) * blocks(OG, 64))
     chunk = blocks(M, _parts(input, tiles, M) * _CHUNK) * _CHUNK
     parts = blocks(M, chunk)
-    shape = (T, O) if alone else (T, groups, CG, OG)
+    shape = (T, CO) if alone else (T, groups, CG, OG)
     sums = grad.new_empty(parts, *shape, dtype=torch.float32)
     dy, dy_last = laid(grad)
 
     def grid(m: dict[str, int]) -> tuple[int, int]:
         if alone:
-            return T * blocks(O, m["BC"]), parts
+            return T * blocks(CO, m["BC"]), parts
         return T * groups * blocks(CG, m["BC"]) * blocks(OG, m["BO"]), parts
 
     given |= {"dy": dy, "Y_LAST": dy_last, "dw": sums, "M": M, "CHUNK": chunk}
@@ -132,7 +134,9 @@ def weight_gradient(
     return total.reshape(weight.shape).contiguous()
 
 
-def run(program: Any, grid: Callable[[dict[str, int]], tuple[int, int]], on: Tensor, **given: Any) -> None:
+def run(
+    program: Any, grid: Callable[[dict[str, int]], tuple[int, int]], on: Tensor, **given: Any
+) -> None:
     """Run a Triton kernel on the device of a tensor, with those of the arguments that it has."""
     with torch.cuda.device_of(on):
         program[grid](**{name: given[name] for name in program.arg_names if name in given})
@@ -148,7 +152,7 @@ def laid(image: Tensor) -> tuple[Tensor, bool]:
     return (image, True) if is_last(image) else (image.contiguous(), False)
 
 
-def sizes(image: Tensor, geometry: Geometry) -> dict[str, int]:
+def sizes(image: Tensor, geometry: Geometry) -> dict[str, Any]:
     """The arguments that say where pixels and taps lie."""
     _, C, H, W = image.shape
     return {"C": C, "H": H, "W": W, **geometry._asdict()}
@@ -159,7 +163,7 @@ def _call(
 ) -> tuple[Any, dict[str, Any]]:
     """The module of the Triton kernels, and the arguments that all of them take."""
     x, last = laid(input)
-    given = {**sizes(input, geometry), "O": out_channels, "EACH": kernel.shape[1] > 1}
+    given = {**sizes(input, geometry), "CO": out_channels, "EACH": kernel.shape[1] > 1}
     given |= {"x": x, "X_LAST": last, "k": kernel.contiguous()}
     if _is_depthwise(input, groups):
         return depthwise, given
@@ -172,8 +176,8 @@ def _is_depthwise(input: Tensor, groups: int) -> bool:
 
 def _by_tap(weight: Tensor, groups: int) -> Tensor:
     """[C_out, C_in/G, KH, KW] to [KH*KW, G, C_out/G, C_in/G]."""
-    O, CG = weight.shape[:2]
-    return weight.reshape(groups, O // groups, CG, -1).permute(3, 0, 1, 2)
+    CO, CG = weight.shape[:2]
+    return weight.reshape(groups, CO // groups, CG, -1).permute(3, 0, 1, 2)
 
 
 def phases(image: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""PAC and its distance as operators of torch, `torch.ops.pacswap.*`, which compilers can keep whole.
+"""PAC and its distance as operators of torch, `torch.ops.pacswap.*`, opaque to compilers.
 
 Each is registered with its shapes (for compilers) and its gradient. A second derivative goes
 through `taps`.
@@ -138,9 +138,8 @@ def conv_gradients(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of input, kernel and weight; differentiable where a graph is being made."""
-    input, kernel, weight = inputs
     if torch.is_grad_enabled():
-        window = geometry.window(*input.shape[2:])
+        window = geometry.window(*inputs[0].shape[2:])
         return differentiable_vjp(
             lambda x, k, w: taps.pac_conv2d(x, k, w, None, window, groups), inputs, needed, grad
         )
@@ -148,7 +147,9 @@ def conv_gradients(
     given = list(geometry), groups
     if needed[0] or needed[1]:
         made = pull(grad, *inputs, *given, needed[0], needed[1])
-        grad_input, grad_kernel = (g if need else None for g, need in zip(made, needed))
+        grad_input, grad_kernel = (
+            g if need else None for g, need in zip(made, needed[:2], strict=True)
+        )
     if needed[2]:
         grad_weight = weight_gradient(grad, *inputs, *given)
     return [grad_input, grad_kernel, grad_weight]

@@ -19,21 +19,13 @@ def decode(n, height, width):
 @triton.jit
 def pixel(b, y, x, C, H, W, LAST: tl.constexpr):
     """The offset of a pixel's first channel."""
-    if LAST:
-        offset = ((b * H + y) * W + x) * C
-    else:
-        offset = b * C * H * W + y * W + x
-    return offset
+    return ((b * H + y) * W + x) * C if LAST else b * C * H * W + y * W + x
 
 
 @triton.jit
 def channel(c, H, W, LAST: tl.constexpr):
     """What a channel adds to the offset of its pixel."""
-    if LAST:
-        offset = c.to(tl.int64)
-    else:
-        offset = c.to(tl.int64) * H * W
-    return offset
+    return c.to(tl.int64) if LAST else c.to(tl.int64) * H * W
 
 
 @triton.jit

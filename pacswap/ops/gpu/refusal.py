@@ -55,6 +55,8 @@ def why_not_here() -> str | None:
     """Why the Triton backend can run no call at all here and now, or None if it may run some."""
     if not INSTALLED:
         return "triton is not installed (pip install triton; Linux only)"
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs, and nobody has tried it on this build's AMD ones"
     if _exports():
         return "an exported graph must run where Triton is not installed"
     if not INTERPRETS and not torch.cuda.is_available():

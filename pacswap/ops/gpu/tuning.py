@@ -39,7 +39,10 @@ PIXELWISE = (({"BP": 64}, 4, 1), ({"BP": 128}, 4, 1), ({"BP": 256}, 8, 1))
 # Small, so that tests see partial blocks, and large, for each costs the interpreter milliseconds.
 _INTERPRETED = {"BP": 128, "BO": 16, "BC": 16}
 
-_KEY = ("size", "C", "O", "KH", "KW", "SH", "SW", "G", "EACH")
+_KEY = (
+    *("size", "C", "CO", "KH", "KW", "SH", "SW", "G"),
+    *("EACH", "LAST", "X_LAST", "Y_LAST", "PRECISION"),
+)
 
 
 def tuned(
@@ -72,7 +75,7 @@ def _fitting(configs: list[Any], named: Mapping[str, Any], **kwargs: Any) -> lis
     """The configurations whose blocks are not mostly empty; the first in any case."""
     given = {**named, **kwargs}
     groups = given.get("G", 1)
-    channels = {"BO": given.get("O", 1) // groups, "BC": given.get("C", 1) // groups}
+    channels = {"BO": given.get("CO", 1) // groups, "BC": given.get("C", 1) // groups}
     return [
         config
         for i, config in enumerate(configs)
