@@ -15,8 +15,8 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Pixels are counted in int32 by the programs; room for the last block's overhang.
-MOST_PIXELS = 2**31 - 2**16
+# Pixels are counted in int32 by the programs; room for what the last blocks and parts hang over.
+MOST_PIXELS = 2**31 - 2**20
 
 
 def why_not_triton(
