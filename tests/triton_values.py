@@ -52,7 +52,7 @@ GEOMETRIES = {
     "one_channel": Case((1, 2), channels=(1, 1)),
     "blocks_of_pixels": Case((1, 2), stride=(1, 2), channels=(5, 7), image=(3, 7, 27)),
     "blocks_of_channels": Case((1, 2), channels=(20, 36), image=(1, 4, 5)),
-    "blocks_in_groups": Case((1, 2), groups=2, channels=(36, 40), image=(1, 4, 5)),
+    "blocks_in_groups": Case((1, 2), groups=2, channels=(36, 4), image=(1, 4, 5)),
     "depthwise_blocks": Case((1, 2), padding=1, groups=18, channels=(18, 36), image=(1, 4, 5)),
 }
 LAST_FOUR = list(GEOMETRIES)[-4:]
@@ -102,7 +102,7 @@ def test_float32_is_as_good_as_the_reference(case):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ["3x2_s2_d2_p2", "groups", "depthwise_s2", *LAST_FOUR])
+@pytest.mark.parametrize("name", ["3x2_s2_d2_p2", "groups", "depthwise_s2", "blocks_of_channels"])
 def test_halves_are_as_good_as_the_reference(name, dtype):
     assert_convolved(GEOMETRIES[name], 1, dtype)
 
@@ -132,7 +132,7 @@ def chain(case: Case, given: Mapping[str, Tensor], name: str) -> dict[str, Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_guidance_to_output(dtype):
-    case = Case((3, 2), stride=(1, 2), padding=1, image=(2, 5, 6))
+    case = Case((1, 3), stride=(1, 2), padding=1, image=(2, 5, 6))
     given = case.tensors(dtype)
     truth, baseline = chain(case, wide(given), "reference"), chain(case, given, "reference")
     assert_rule(chain(case, given, "triton"), truth, baseline)
