@@ -113,6 +113,18 @@ def test_a_kernel_for_each_channel(name):
     assert_convolved(case, case.channels[0], torch.float32)
 
 
+@pytest.mark.parametrize("asked", ["input", "kernel", "weight"])
+def test_a_gradient_alone_is_that_beside_the_others(asked):
+    case = GEOMETRIES["groups_to_1_each"]
+    given = case.tensors(torch.float32) | {"kernel": kernel_of(case, 1, torch.float32)}
+    expected = convolved(case, "triton", given["kernel"], given)
+    given[asked].requires_grad_()
+    tensors = (given[name] for name in ("input", "kernel", "weight"))
+    output = ops.pac_conv2d(*tensors, **case.options, backend="triton")
+    (grad,) = torch.autograd.grad(output, given[asked], given["cotangent"])
+    assert_equal(grad, expected[f"grad_{asked}"])
+
+
 @pytest.mark.parametrize("name", ["input", "kernel", "weight", "cotangent"])
 def test_the_rule_sees_a_changed(name):
     case = GEOMETRIES["groups_to_1_each"]

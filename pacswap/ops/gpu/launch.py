@@ -80,7 +80,9 @@ def pull(
     block = channel_block(C if alone else C // groups)
     columns = blocks(C, block) if alone else groups * blocks(C // groups, block)
     # Taps that see the border are nobody's: their gradient stays 0.
-    if kernel.shape[1] > 1:
+    if not want_kernel:
+        shares = kernel.new_empty(0)
+    elif kernel.shape[1] > 1:
         shares = torch.zeros_like(kernel, memory_format=torch.contiguous_format)
     else:
         shares = grad.new_zeros(columns, *kernel.shape, dtype=torch.float32)
@@ -98,9 +100,9 @@ def pull(
         run(programs.pull, grid, grad, **given, size=size_class(rows))
     else:
         grad_input.zero_()
-    if not want_kernel:
-        return grad_input, kernel.new_empty(0)
-    return grad_input, shares if kernel.shape[1] > 1 else shares.sum(0).to(kernel.dtype)
+    if want_kernel and kernel.shape[1] == 1:
+        shares = shares.sum(0).to(kernel.dtype)
+    return grad_input, shares
 
 
 @without_bfloat16
