@@ -243,6 +243,8 @@ def test_an_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_all_modules_are_importable(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
+    if "gpu" in parts and parts[-1] not in ("__init__", "refusal", "geometry"):
+        pytest.importorskip("triton", reason="triton is not installed: Linux only")
     if parts[-1] != "__main__":  # which is the command itself
         importlib.import_module(".".join(part for part in parts if part != "__init__"))
 

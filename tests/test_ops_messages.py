@@ -33,7 +33,7 @@ def test_explain_says_which_backend_and_why(backend, compiling, expected, monkey
     ("backend", "message"),
     [
         ("egaer", "backend='egaer' is unknown. Nearest: 'eager'."),
-        ("cuda", "backend='cuda' is unknown. Known: 'auto', 'reference', 'taps', 'eager', 'loops'."),
+        ("cuda", "backend='cuda' is unknown. Known: 'auto', 'reference', 'taps', 'eager', 'loops', 'triton'."),
         ("eager", "backend='eager' cannot run this call: its hand-written backward is opaque to torch.compile and torch.export. Can: 'reference', 'taps'."),
     ],
 )  # fmt: skip

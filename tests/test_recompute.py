@@ -181,13 +181,8 @@ LAYERS = {
 }
 
 
-# `ops.eager` reads what the distance keeps twice, which no checkpointing of torch's allows.
-TWICE = pytest.mark.xfail(reason="saved_tensors is read twice in ops.eager", strict=True)
-KINDS = [pytest.param(k, marks=TWICE) if k in ("conv3d", "smoothed") else k for k in LAYERS]
-
-
 @pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_gives_equal_gradients_and_keeps_less(kind: str, blend: float) -> None:
     make, shape = LAYERS[kind]
     found, held = [], []

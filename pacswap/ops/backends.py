@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from pacswap.errors import BackendError, nearest_hint, quoted
 from pacswap.ops import eager, reference, taps
+from pacswap.ops.gpu.refusal import why_not_here, why_not_triton
 from pacswap.ops.measure import Measure
+from pacswap.ops.window import Window
 
-Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops"]
+Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops", "triton"]
 
-BACKENDS = ("reference", "taps", "eager", "loops")
-_PREFERRED = ("loops", "eager", "taps")  # in the order in which `auto` asks them
+BACKENDS = ("reference", "taps", "eager", "loops", "triton")
+_PREFERRED = ("triton", "loops", "eager", "taps")  # in the order in which `auto` asks them
 _GOOD_AT = {
+    "triton": "GPU programs, near the price of the convolution",
     "loops": "compiled loops, near the price of the convolution on a CPU",
     "eager": "tap by tap, keeps only input, kernel and weight for the backward pass",
     "taps": "ordinary operations, which compilers see through",
@@ -33,11 +36,15 @@ class Task:
 
     Attributes:
         tensors: input, kernel and weight of a convolution; the guidance of a kernel.
+        window: the geometry; of an image only.
+        groups: of a convolution.
         measure: φ, where distances are asked for.
         channel_wise: whether there is a kernel for each channel.
     """
 
     tensors: tuple[Tensor, ...]
+    window: Window | None = None
+    groups: int = 1
     measure: Measure | None = None
     channel_wise: bool = False
 
@@ -80,9 +87,17 @@ def _why_not_loops(task: Task | None) -> str | None:
     return None
 
 
+def _why_not_triton(task: Task | None) -> str | None:
+    if task is None:
+        return why_not_here()
+    input, *others = task.tensors
+    return why_not_triton(input, others[-1] if others else None, task.window, task.groups)
+
+
 _REFUSALS: dict[str, Callable[[Task | None], str | None]] = {
     "eager": _why_not_eager,
     "loops": _why_not_loops,
+    "triton": _why_not_triton,
 }
 
 
@@ -133,4 +148,9 @@ def choose(backend: Backend, task: Task | None = None) -> ModuleType:
         from pacswap.ops import loops
 
         return loops
+    if name == "triton":
+        # A statement, which torch.compile follows as it does not `import_module`.
+        from pacswap.ops.gpu import backend as triton
+
+        return triton
     return {"eager": eager, "taps": taps, "reference": reference}[name]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 from pacswap.errors import ShapeError
@@ -15,7 +18,7 @@ from pacswap.ops.dimensions import (
     axes_of,
 )
 from pacswap.ops.precision import autocast_to, check_floating
-from pacswap.ops.window import Padding, Size2
+from pacswap.ops.window import Padding, Size2, Window
 
 SIDES = {1: ("K",), 2: ("KH", "KW"), 3: ("KT", "KH", "KW")}
 BORDERS = ("left", "right", "top", "bottom", "front", "back")
@@ -191,7 +194,7 @@ def convolve(
 ) -> Tensor:
     """The convolution of a window that is made already: the one way into the backends."""
     input, kernel, weight, bias = _checked(input, kernel, weight, bias, window, groups)
-    module = choose(backend, _task(input, kernel, weight))
+    module = choose(backend, _task(input, kernel, weight, window, groups))
     if isinstance(window, VolumeWindow):
         return volume.pac_conv3d(module, input, kernel, weight, bias, window, groups)
     if isinstance(window, SequenceWindow):
@@ -221,8 +224,7 @@ def attach_kernel_gradient(
         groups: the convolution's groups.
     """
     input, kernel, weight, _ = _checked(input, kernel, weight, None, window, groups)
-    task = _task(input, kernel, weight)
-    module = eager if why_not("loops", task) else choose("loops", task)
+    module = _of_gradients(_task(input, kernel, weight, window, groups))
     if isinstance(window, VolumeWindow):
         return volume.attach_kernel_gradient(module, output, input, kernel, weight, window, groups)
     if isinstance(window, SequenceWindow):
@@ -234,8 +236,19 @@ def attach_kernel_gradient(
     return module.attach_kernel_gradient(output, input, kernel, weight, window, groups)
 
 
-def _task(input: Tensor, kernel: Tensor, weight: Tensor) -> Task:
-    return Task((input, kernel, weight), channel_wise=kernel.shape[1] > 1)
+def _of_gradients(task: Task) -> ModuleType:
+    """The backend of a gradient that is attached: one with a hand-written backward pass."""
+    if not torch.compiler.is_compiling():
+        for name in ("triton", "loops"):
+            if why_not(name, task) is None:
+                return choose(name, task)
+    return eager
+
+
+def _task(input: Tensor, kernel: Tensor, weight: Tensor, window: AnyWindow, groups: int) -> Task:
+    plane = window if isinstance(window, Window) else None
+    channel_wise = kernel.shape[1] > 1
+    return Task((input, kernel, weight), plane, groups, channel_wise=channel_wise)
 
 
 def _sides(weight: Tensor, axes: int) -> tuple[int, ...]:

@@ -230,7 +230,7 @@ def _distance(
     backend: Backend,
 ) -> Tensor:
     """`tap_distance` of an image or a volume."""
-    module = choose(backend, Task((features,), measure, channel_wise))
+    module = choose(backend, _task(features, window, measure, channel_wise))
     if isinstance(window, VolumeWindow):
         return volume.tap_distance(module, features, window, measure, channel_wise)
     centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
@@ -312,6 +312,13 @@ def _axes(guidance: Tensor, kernel_size: Size2 | AnyWindow) -> int:
     """How many axes a window of that size has: a map without a batch is no sequence."""
     is_line = isinstance(kernel_size, tuple | list) and len(kernel_size) == 1
     return {3: 1 if is_line else 2, 5: 3}.get(guidance.dim(), 2)
+
+
+def _task(
+    features: Tensor, window: Window | VolumeWindow, measure: Measure, channel_wise: bool
+) -> Task:
+    plane = window if isinstance(window, Window) else None
+    return Task((features,), plane, measure=measure, channel_wise=channel_wise)
 
 
 def _as_image(

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-T = TypeVar("T")
-
 from pacswap.nn import Adaptive
+
+T = TypeVar("T")
 
 
 @contextmanager

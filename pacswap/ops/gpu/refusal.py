@@ -1,0 +1,70 @@
+"""Why the Triton backend cannot run a call. Imports no Triton."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from pacswap.ops.window import Window
+
+INSTALLED = find_spec("triton") is not None
+# Triton reads it when its programs are first seen, which is after this.
+INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Pixels are counted in int32 by the programs; room for what the last blocks and parts hang over.
+MOST_PIXELS = 2**31 - 2**20
+
+
+def why_not_triton(
+    input: Tensor, weight: Tensor | None, window: Window | None, groups: int
+) -> str | None:
+    """Why the Triton backend cannot run this call, or None if it can.
+
+    Args:
+        input: v of `pac_conv2d` or the guidance of `tap_distance`, [B, C, H, W].
+        weight: W of `pac_conv2d`, [C_out, C_in/groups, KH, KW]; None for a distance.
+        window: the geometry, None if it is not made yet.
+        groups: as in `torch.nn.Conv2d`; every number of groups is supported.
+
+    Example:
+        >>> why_not_triton(torch.zeros(1, 4, 8, 8, dtype=torch.float64), None, None, 1)
+        'it computes in float32, float16 and bfloat16, not in float64'
+    """
+    if input.dtype not in DTYPES:
+        name = str(input.dtype).removeprefix("torch.")
+        return f"it computes in float32, float16 and bfloat16, not in {name}"
+    refusal = why_not_here()
+    if refusal is not None:
+        return refusal
+    if not input.is_cuda and not INTERPRETS:
+        return f"the tensors are on {input.device.type}, not on a CUDA GPU"
+    if input.is_cuda and torch.cuda.get_device_properties(input.device).major < 8:
+        return "Triton's matrix products need a GPU of compute capability 8.0 or above"
+    B, _, *size = input.shape
+    seen = size if window is None else window.output_size(*size)
+    if max(B * size[0] * size[1], B * seen[0] * seen[1]) > MOST_PIXELS:
+        return "it counts the pixels of a batch in 32 bits, and there are more"
+    return None
+
+
+def why_not_here() -> str | None:
+    """Why the Triton backend can run no call at all here and now, or None if it may run some."""
+    if not INSTALLED:
+        return "triton is not installed (pip install triton; Linux only)"
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs, and nobody has tried it on this build's AMD ones"
+    if _exports():
+        return "an exported graph must run where Triton is not installed"
+    if not INTERPRETS and not torch.cuda.is_available():
+        return "Triton needs a CUDA GPU, and torch sees none"
+    return None
+
+
+def _exports() -> bool:
+    """Whether torch.export is tracing; torch before 2.7 cannot tell."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return exporting is not None and exporting()
