@@ -18,14 +18,15 @@ from pacswap.errors import BackendError, ShapeError
 @pytest.mark.parametrize(
     ("backend", "compiling", "expected"),
     [
-        ("auto", False, ("loops", "compiled loops, near the price of the convolution on a CPU")),
-        ("auto", True, ("taps", "ordinary operations, which compilers see through; loops is out: its loops are opaque to torch.compile and torch.export; eager is out: its hand-written backward is opaque to torch.compile and torch.export")),
+        ("auto", False, ("loops", "compiled loops, near the price of the convolution on a CPU; triton is out: Triton needs a CUDA GPU, and torch sees none")),
+        ("auto", True, ("taps", "ordinary operations, which compilers see through; triton is out: Triton needs a CUDA GPU, and torch sees none; loops is out: its loops are opaque to torch.compile and torch.export; eager is out: its hand-written backward is opaque to torch.compile and torch.export")),
         ("taps", False, ("taps", "asked for by name")),
         ("reference", True, ("reference", "asked for by name")),
     ],
 )  # fmt: skip
 def test_explain_says_which_backend_and_why(backend, compiling, expected, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ops.explain(backend) == expected
 
 

@@ -112,7 +112,7 @@ def test_it_compiles_whole_with_any_size():
 
 
 def test_the_compiled_graph_holds_the_operators():
-    """And not the taps, which would compile too."""
+    """And not those of the taps, which would compile too; `auto` prefers it where it can run."""
     torch._dynamo.reset()
     called = []
 
@@ -127,6 +127,10 @@ def test_the_compiled_graph_holds_the_operators():
     called.clear()
     torch._dynamo.reset()
     torch.compile(guided, backend=keep, fullgraph=True)(*leaves, "auto")
+    assert sum("pacswap" in name for name in called) == 2
+    called.clear()
+    torch._dynamo.reset()
+    torch.compile(guided, backend=keep, fullgraph=True)(*leaves, "taps")
     assert sum("pacswap" in name for name in called) == 0
 
 

@@ -14,8 +14,9 @@ Channels: TypeAlias = "tuple[int, int]"  # of the input, first and last + 1
 
 # Outputs of a tile: fewer make matrix products slow (benchmarks/layers.py).
 _OUTPUTS = 1024
-# Numbers of a tile, one for each output, tap and channel: 1 MB of float32, a CPU's second cache.
+# Numbers of a tile, one for each output, tap and channel: 1 MB of float32, a core's second cache.
 _MOST = 1 << 18
+_LEAST = 1 << 16
 # Below this part of a window's taps that lie inside the image, taps are taken one by one, each
 # where it does.
 _DENSE = 0.65
@@ -72,10 +73,17 @@ class Tiling:
     one_by_one: bool
     outputs: int
 
-    def channels(self, window: Window, count: int, step: int, caches: int) -> list[Channels]:
-        """The input's channels in pieces for a tile, each a multiple of `step`."""
+    def channels(self, window: Window, count: int, step: int, most: int) -> list[Channels]:
+        """The input's channels in pieces for a tile, each a multiple of `step`.
+
+        Args:
+            window: the geometry.
+            count: C_in.
+            step: channels that stay together.
+            most: numbers that a tile should hold.
+        """
         taps = 1 if self.one_by_one else window.taps
-        units = max(1, _MOST * caches // max(1, taps * self.outputs * step))
+        units = max(1, most // max(1, taps * self.outputs * step))
         return [
             (a * step, b * step) for a, b in _even(0, count // step, -(-count // (units * step)))
         ]
@@ -110,6 +118,16 @@ def tiling(window: Window, image: tuple[int, int]) -> Tiling:
             blocks.append(tuple(tiles))
     tallest = max((tile.size[0] * tile.size[1] for block in blocks for tile in block), default=1)
     return Tiling(tuple(blocks), one_by_one, tallest)
+
+
+def most(cores: int, numbers: int) -> int:
+    """How many numbers a tile should hold.
+
+    Args:
+        cores: that compute it together, each with a cache of its own.
+        numbers: of input, weight and output: a tile adds little to the memory of a small layer.
+    """
+    return min(_MOST * cores, max(_LEAST, numbers // 2))
 
 
 def _even(first: int, last: int, count: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 
@@ -25,9 +26,10 @@ def why_not_triton(
     """Why the Triton backend cannot run this call, or None if it can.
 
     Args:
-        input: v of `pac_conv2d` or the guidance of `tap_distance`, [B, C, H, W].
+        input: v of `pac_conv2d` or the guidance of `tap_distance`, [B, C, H, W]; of a sequence or
+            a volume with its own axes.
         weight: W of `pac_conv2d`, [C_out, C_in/groups, KH, KW]; None for a distance.
-        window: the geometry, None if it is not made yet.
+        window: the geometry, None if it is not made yet or not of an image.
         groups: as in `torch.nn.Conv2d`; every number of groups is supported.
 
     Example:
@@ -46,7 +48,7 @@ def why_not_triton(
         return "Triton's matrix products need a GPU of compute capability 8.0 or above"
     B, _, *size = input.shape
     seen = size if window is None else window.output_size(*size)
-    if max(B * size[0] * size[1], B * seen[0] * seen[1]) > MOST_PIXELS:
+    if B * max(math.prod(size), math.prod(seen)) > MOST_PIXELS:
         return "it counts the pixels of a batch in 32 bits, and there are more"
     return None
 

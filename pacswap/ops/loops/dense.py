@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pacswap.ops.loops import machine_dense as machine
 from pacswap.ops.loops.threads import described, parts, shared
-from pacswap.ops.tiles import Channels, Tile, tiling
+from pacswap.ops.tiles import Channels, Tile, most, tiling
 from pacswap.ops.window import Window
 
 
@@ -124,8 +124,10 @@ class _Call:
         self.tiles = [tile for block in divided.blocks for tile in block]
         self.one_by_one = divided.one_by_one
         self._each = image.shape[1] // groups
-        step, threads = 1 if groups == 1 else self._each, torch.get_num_threads()
-        self.channels = divided.channels(window, image.shape[1], step, threads)
+        step = 1 if groups == 1 else self._each
+        outputs = kernel.shape[0] * weight.shape[0] * kernel.shape[3] * kernel.shape[4]
+        numbers = most(torch.get_num_threads(), image.numel() + weight.numel() + outputs)
+        self.channels = divided.channels(window, image.shape[1], step, numbers)
         self._image, self._kernel, self._weight, self._groups = image, kernel, weight, groups
         self.whole = (
             self._by_tap()
@@ -134,12 +136,12 @@ class _Call:
         )
         self._window = window
         self._geometry = (top, left, *window.stride, *window.dilation, window.kernel_size[1])
-        most = max((last - first for first, last in self.channels), default=0)
-        numbers = divided.outputs * (1 if self.one_by_one else window.taps)
-        self._threads = parts(max(1, most), most * numbers)
-        self._seen = image.new_empty(most * numbers)
+        widest = max((last - first for first, last in self.channels), default=0)
+        each = divided.outputs * (1 if self.one_by_one else window.taps)
+        self._threads = parts(max(1, widest), widest * each)
+        self._seen = image.new_empty(widest * each)
         self._Z = self._seen  # until a backward pass needs both
-        self._dots = image.new_empty(self._threads * numbers)
+        self._dots = image.new_empty(self._threads * each)
         self._sizes = (*image.shape[2:], *kernel.shape[2:])
 
     def _by_tap(self) -> Tensor:

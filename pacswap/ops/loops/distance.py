@@ -31,11 +31,14 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
     halves = centre is None and _mirrors(window)
     reach = window.dilation[0] * (window.kernel_size[0] // 2)
     # What is computed beyond a block to mirror it is lost: let it be a small part.
-    lie = layout(window, (image[0], image[1]), numbers=D, least=4 * reach if halves else 1)
+    numbers = guidance.numel() * window.taps // (2 if halves else 1)
+    each = -(-parts(numbers, numbers) // max(1, B))
+    least = 4 * reach if halves else 1
+    lie = layout(window, (image[0], image[1]), numbers=D, least=least, blocks=each)
     offsets = lie.offsets
     output = guidance.new_empty(B, window.taps, *lie.size)
     blocks = B * -(-lie.size[0] // lie.rows)
-    threads = parts(blocks, output.numel() * D // (2 if halves else 1))
+    threads = parts(blocks, numbers)
     beyond = offsets[window.centre] - offsets[0] if halves else 0
     room = guidance.new_empty(threads, D * lie.plane + lie.rows * lie.row + beyond)
     arrays = (guidance, _apart(lie, guidance, centre), output, room)

@@ -92,7 +92,9 @@ _CACHE = 1 << 17  # 512 KB of float32
 
 
 @lru_cache(maxsize=256)
-def layout(window: Window, image: tuple[int, int], *, numbers: int, least: int = 1) -> Layout:
+def layout(
+    window: Window, image: tuple[int, int], *, numbers: int, least: int = 1, blocks: int = 1
+) -> Layout:
     """The layout with as many rows at once as a CPU's second cache holds.
 
     Args:
@@ -100,7 +102,8 @@ def layout(window: Window, image: tuple[int, int], *, numbers: int, least: int =
         image: (H, W).
         numbers: that are used for each output of a block.
         least: rows.
+        blocks: to have at least, so that each thread has one; goes before `least`.
     """
     size = window.output_size(*image)
     rows = max(least, _CACHE // max(1, numbers * size[1]))
-    return Layout(window, image, size, max(1, min(rows, size[0])))
+    return Layout(window, image, size, max(1, min(rows, -(-size[0] // blocks))))

@@ -1,0 +1,308 @@
+"""The loops of the CPU: what they refuse, how they divide the work, and who may call them."""
+
+# ruff: noqa: E501 (a message is one line)
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from typing import Any
+
+import numba
+import pytest
+import torch
+from numerics import (
+    CASES,
+    DIFFERS,
+    Case,
+    assert_all_close64,
+    assert_as_good_as,
+    assert_close64,
+    assert_equal,
+    fresh_memory_is_nan,
+    pac,
+    wide,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pacswap import ops
+from pacswap.errors import BackendError
+from pacswap.ops import backends, make_window, tiles
+from pacswap.ops.backends import Task
+from pacswap.ops.loops import dense, threads
+
+fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
+
+IMAGE = torch.zeros(1, 2, 4, 4)
+
+
+class Mine(Tensor):
+    pass
+
+
+def task(**changed: Any) -> Task:
+    return Task(
+        **{"tensors": (IMAGE, torch.ones(1, 1, 9, 4, 4), torch.zeros(2, 2, 3, 3)), **changed}
+    )
+
+
+REFUSED = {
+    "device": (task(tensors=(IMAGE.to("meta"),)), "its loops run on a CPU, and the tensors are on meta"),
+    "class": (task(tensors=(IMAGE.as_subclass(Mine),)), "its loops read plain tensors, and one is a Mine"),
+    "channels": (task(channel_wise=True), "its loops know one kernel for all channels, not one for each"),
+    "asymmetric": (task(measure="asymmetric"), "its loops know no asymmetric difference"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    asked, reason = REFUSED[name]
+    can = "'reference', 'taps', 'eager'"
+    with pytest.raises(BackendError) as raised:
+        ops.explain("loops", asked)
+    assert str(raised.value) == f"backend='loops' cannot run this call: {reason}. Can: {can}."
+    assert ops.explain("auto", asked) == (
+        "eager",
+        "tap by tap, keeps only input, kernel and weight for the backward pass; "
+        f"triton is out: {backends.why_not('triton', asked)}; loops is out: {reason}",
+    )
+
+
+def test_where_numba_is_missing_it_says_so(monkeypatch):
+    monkeypatch.setattr(backends, "_has_numba", lambda: False)
+    assert backends.why_not("loops") == "numba is not installed (pip install numba)"
+    assert ops.explain("auto", task())[0] == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_nothing_watches_or_transforms_what_it_cannot_see():
+    watched = "its loops are opaque to what traces or watches torch's operations now"
+    seen = []
+    with TorchDispatchMode():
+        seen.append(backends.why_not("loops"))
+    torch.jit.trace(lambda x: (seen.append(backends.why_not("loops")), x + 1)[1], IMAGE)
+    assert seen == [watched, watched, watched, watched][: len(seen)] and len(seen) > 1
+    found = []
+    torch.func.vmap(lambda x: (found.append(backends.why_not("loops")), x)[1])(IMAGE)
+    assert found == ["its loops are opaque to torch.func"]
+    assert backends.why_not("loops") is None
+
+
+LARGE = {
+    "many_channels": Case(padding=1, channels=(70, 9), image=(2, 23, 19)),
+    "strided": Case(5, stride=(2, 3), padding=2, channels=(33, 40), image=(1, 41, 37)),
+    "beyond_the_image": Case(padding=12, dilation=12, channels=(20, 6), image=(2, 20, 22)),
+    "one_axis_beyond": Case((3, 5), padding=(0, 20), dilation=(1, 10), channels=(6, 8), image=(1, 9, 14)),
+    "groups": Case(padding=1, groups=3, channels=(18, 12), image=(2, 17, 15)),
+    "groups_beyond": Case(padding=8, dilation=8, groups=2, channels=(8, 4), image=(1, 12, 10)),
+    "depthwise": Case(7, padding=3, groups=12, channels=(12, 24), image=(2, 25, 18)),
+    "depthwise_strided": Case(3, stride=(3, 2), padding=1, groups=5, channels=(5, 5), image=(1, 31, 28)),
+    "replicate": Case(padding=2, dilation=2, padding_mode="replicate", channels=(9, 7), image=(2, 14, 11)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["as it is", "small tiles", "two threads", "two threads, small tiles"])
+def division(request, monkeypatch):
+    """How the work is divided: into tiles, and among threads."""
+    if "small" in request.param:
+        for name, value in (("_OUTPUTS", 20), ("_MOST", 900), ("_LEAST", 1)):
+            monkeypatch.setattr(tiles, name, value)
+        monkeypatch.setattr("pacswap.ops.loops.planes._CACHE", 300)
+    tiles.tiling.cache_clear()
+    if "two" in request.param:
+        monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+        torch.set_num_threads(2)
+    yield request.param
+    torch.set_num_threads(1)
+    tiles.tiling.cache_clear()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_however_the_work_is_divided_it_is_the_reference(name, division):
+    given = LARGE[name].tensors()
+    assert_all_close64(pac(LARGE[name], given, "loops"), pac(LARGE[name], given, "reference"))
+
+
+@pytest.mark.parametrize("name", ["many_channels", "beyond_the_image", "depthwise"])
+def test_in_single_precision_it_is_as_good_as_torch(name):
+    case = LARGE[name]
+    given = case.tensors(torch.float32)
+    truth, plain = pac(case, wide(given), "reference"), pac(case, given, "taps")
+    for quantity, value in pac(case, given, "loops").items():
+        factor = 3.0 if quantity.startswith("grad_") else 2.0
+        assert_as_good_as(value, truth[quantity], plain[quantity], factor, name=quantity)
+
+
+def test_a_forgotten_tile_is_seen(monkeypatch):
+    """The twin of the two tests above."""
+    case = LARGE["many_channels"]
+    given = case.tensors()
+    truth = pac(case, given, "reference")
+    monkeypatch.setattr(tiles, "_OUTPUTS", 100)
+    tiles.tiling.cache_clear()
+    whole = dense.tiling
+    lost = lambda *a: tiles.Tiling(whole(*a).blocks[:-1], False, whole(*a).outputs)  # noqa: E731
+    monkeypatch.setattr(dense, "tiling", lost)
+    with pytest.raises(AssertionError, match=DIFFERS):
+        assert_close64(pac(case, given, "loops")["output"], truth["output"])
+    tiles.tiling.cache_clear()
+
+
+def drawn_geometry(seed: int) -> tuple[Any, tuple[int, int]]:
+    draw = random.Random(seed)
+    size = (draw.randint(1, 5), draw.randint(1, 5))
+    padding = (draw.randint(0, 6), draw.randint(0, 6))
+    dilation = (draw.randint(1, 5), draw.randint(1, 5))
+    stride = (draw.randint(1, 3), draw.randint(1, 3))
+    window = make_window(size, stride=stride, padding=padding, dilation=dilation)
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, size, padding, strict=True)
+    ]
+    return window, (least[0] + draw.randint(0, 12), least[1] + draw.randint(0, 12))
+
+
+def covered(tiling: tiles.Tiling) -> Counter[tuple[int, ...]]:
+    """How often each (row, column, vertical tap, horizontal tap) is computed."""
+    ranges = [
+        (range(*t.rows), range(*t.columns), range(*t.down), range(*t.across))
+        for block in tiling.blocks
+        for t in block
+    ]
+    return Counter(
+        (y, x, i, j) for ys, xs, down, across in ranges
+        for y in ys for x in xs for i in down for j in across
+    )  # fmt: skip
+
+
+def check_cover(window: Any, image: tuple[int, int], tiling: tiles.Tiling) -> None:
+    """Raise unless each tap that lies in the image is in one tile."""
+    seen = covered(tiling)
+    left, _, top, _ = window.border(*image)
+    H_out, W_out = window.output_size(*image)
+    for y, x, i, j in ((y, x, i, j) for y in range(H_out) for x in range(W_out)
+                       for i in range(window.kernel_size[0]) for j in range(window.kernel_size[1])):  # fmt: skip
+        row = y * window.stride[0] + i * window.dilation[0] - top
+        column = x * window.stride[1] + j * window.dilation[1] - left
+        inside = 0 <= row < image[0] and 0 <= column < image[1]
+        count = seen[y, x, i, j]
+        assert count <= 1 and count >= inside, f"{(y, x, i, j)} in {count} tiles, inside={inside}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_tap_of_each_output_is_in_one_tile(seed, monkeypatch):
+    monkeypatch.setattr(tiles, "_OUTPUTS", 9)
+    tiles.tiling.cache_clear()
+    window, image = drawn_geometry(seed)
+    tiling = tiles.tiling(window, image)
+    check_cover(window, image, tiling)
+    if tiling.blocks:
+        with pytest.raises(AssertionError, match="tiles, inside"):
+            check_cover(window, image, tiles.Tiling(tiling.blocks[1:], tiling.one_by_one, 1))
+    tiles.tiling.cache_clear()
+
+
+def test_channels_are_divided_without_rest():
+    tiling = tiles.tiling(make_window(3, padding=1), (40, 40))
+    pieces = tiling.channels(make_window(3, padding=1), 70, 1, 9 * tiling.outputs * 16)
+    assert [c for first, last in pieces for c in range(first, last)] == list(range(70))
+    assert max(last - first for first, last in pieces) <= 16
+    whole = tiling.channels(make_window(3, padding=1), 70, 35, 1)
+    assert whole == [(0, 35), (35, 70)]
+
+
+def test_nan_and_infinity_stay_what_they_are():
+    case = CASES["3x3_p1"]
+    given = case.tensors(torch.float32)
+    given["input"][0, 1, 2, 3], given["input"][1, 0, 0, 0] = torch.nan, torch.inf
+    kernel = torch.ones(2, 1, 9, 7, 8)
+    made = ops.pac_conv2d(given["input"], kernel, given["weight"], padding=1, backend="loops")
+    plain = torch.conv2d(given["input"], given["weight"], padding=1)
+    assert_equal(made.isnan(), plain.isnan())
+    assert_equal(made.isinf(), plain.isinf())
+    assert made.isnan().any() and made.isinf().any()
+
+
+def test_a_far_guidance_gives_no_subnormal_numbers():
+    """With which a CPU computes a hundred times as long."""
+    guidance = 9 * torch.randn(1, 64, 6, 6, requires_grad=True)
+    kernel = ops.adapting_kernel(guidance, 3, padding=1)
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((kernel == 1) | (kernel >= tiny * 0.9)).all() and kernel.min() < 1e-37
+    assert torch.autograd.grad(kernel.sum(), guidance)[0].isfinite().all()
+    assert torch.exp(torch.tensor(-90.0)) < tiny  # what it would be
+
+
+def test_two_threads_of_python_at_once(monkeypatch):
+    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+    names = ["many_channels", "depthwise", "groups", "strided"]
+    truths = {name: pac(LARGE[name], LARGE[name].tensors(), "reference") for name in names}
+    found: dict[str, Any] = {}
+
+    def compute(name: str) -> None:
+        torch.set_num_threads(2)
+        for _ in range(5):
+            found[name] = pac(LARGE[name], LARGE[name].tensors(), "loops")
+
+    workers = [threading.Thread(target=compute, args=(name,)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(1)
+    for name in names:
+        assert_all_close64(found[name], truths[name])
+
+
+def test_without_an_entry_to_openmp_one_thread_does_it_all(monkeypatch):
+    monkeypatch.setattr(threads, "_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+    torch.set_num_threads(2)
+    assert threads.parts(100, 1 << 30) == 1
+    case = LARGE["depthwise"]
+    assert_all_close64(pac(case, case.tensors(), "loops"), pac(case, case.tensors(), "reference"))
+    torch.set_num_threads(1)
+
+
+def test_torchs_own_threads_are_lent():
+    """The entry is that of the OpenMP which torch has loaded."""
+    assert threads._parallel() is not None
+    torch.set_num_threads(2)
+    assert threads.parts(100, 1 << 30) == 2 and threads.parts(1, 1 << 30) == 1
+    assert threads.parts(100, 10) == 1
+    torch.set_num_threads(1)
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept_on_disk(monkeypatch):
+    asked, right = [], numba.njit
+
+    def njit(**options):
+        asked.append(options.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return right(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert threads.compiled(lambda x: x + 1)(2) == 3
+    assert asked == [True, False]
+
+
+def test_inference_mode():
+    case = CASES["3x3_p1"]
+    given = case.tensors()
+    truth = pac(case, given, "reference", derivatives=False)
+    with torch.inference_mode():
+        found = pac(case, given, "loops", derivatives=False)
+    assert_all_close64(found, truth)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_forward_derivatives_are_refused_and_not_lost():
+    case = CASES["3x3_p1"]
+    given = case.tensors()
+    kernel = torch.ones(2, 1, 9, 7, 8, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(given["input"], torch.ones_like(given["input"]))
+        with pytest.raises(RuntimeError, match="forward AD"):
+            ops.pac_conv2d(dual, kernel, given["weight"], padding=1)
