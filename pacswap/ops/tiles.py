@@ -127,7 +127,7 @@ def most(cores: int, numbers: int) -> int:
         cores: that compute it together, each with a cache of its own.
         numbers: of input, weight and output: a tile adds little to the memory of a small layer.
     """
-    return min(_MOST * cores, max(_LEAST, numbers // 2))
+    return min(_MOST * cores, max(_LEAST, numbers))
 
 
 def _even(first: int, last: int, count: int) -> Iterator[tuple[int, int]]:

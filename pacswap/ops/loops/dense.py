@@ -139,8 +139,7 @@ class _Call:
         widest = max((last - first for first, last in self.channels), default=0)
         each = divided.outputs * (1 if self.one_by_one else window.taps)
         self._threads = parts(max(1, widest), widest * each)
-        self._seen = image.new_empty(widest * each)
-        self._Z = self._seen  # until a backward pass needs both
+        self._room = image.new_empty(widest * each)
         self._dots = image.new_empty(self._threads * each)
         self._sizes = (*image.shape[2:], *kernel.shape[2:])
 
@@ -176,17 +175,15 @@ class _Call:
 
     def adapted(self, b: int, tile: Tile, channels: Channels) -> Tensor:
         """K times what each tap sees, [groups, channels·taps of a group, outputs]."""
-        seen, count = self._in(self._seen, tile, channels), channels[1] - channels[0]
+        seen, count = self._in(self._room, tile, channels), channels[1] - channels[0]
         given = (*self._given(b, channels), *self._flat(seen, count, tile))
         given += (*tile.numbers, *self._geometry)
         shared(machine.adapt, seen, count, min(self._threads, count), given)
         return seen
 
     def back(self, tile: Tile, channels: Channels, pulled: Tensor) -> Tensor:
-        """Z, [groups, channels·taps of a group, outputs]."""
-        if self._Z is self._seen:
-            self._Z = torch.empty_like(self._seen)
-        filters, Z = self.filters(tile, channels).mT, self._in(self._Z, tile, channels)
+        """Z, [groups, channels·taps of a group, outputs], where K·v was."""
+        filters, Z = self.filters(tile, channels).mT, self._in(self._room, tile, channels)
         if self._groups == 1:
             torch.mm(filters[0], pulled[0], out=Z[0])
         else:

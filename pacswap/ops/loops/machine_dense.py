@@ -65,10 +65,11 @@ def adapt(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                         part[n] = k[n] * line[n]
                 for r in range(y0, y1):
                     s = start + r * count
-                    if a > 0:
-                        S[s : s + a] = 0
-                    if b < count:
-                        S[s + b : s + count] = 0
+                    # Element by element: setting a slice takes as long as a row.
+                    for n in range(s, s + a):
+                        S[n] = 0
+                    for n in range(s + b, s + count):
+                        S[n] = 0
                     if is_flat:
                         continue
                     x = (c * height + top + r * down) * width + left + a * across
@@ -128,10 +129,10 @@ def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 if is_flat:
                     for r in range(y0, y1):
                         s = start + r * count
-                        if a > 0:
-                            Z[s : s + a] = 0
-                        if b < count:
-                            Z[s + b : s + count] = 0
+                        for n in range(s, s + a):
+                            Z[n] = 0
+                        for n in range(s + b, s + count):
+                            Z[n] = 0
                     p, q = y0 * count + a, (y1 - 1) * count + b
                     x = c * height * width + top * width + left
                     share(
