@@ -75,7 +75,7 @@ PUBLIC = {
         KernelOptions PacCRF PacConv1d PacConv2d PacConv3d PacConvTranspose2d PacFilter2d PacPool2d
         PairwiseKernel PairwiseTerm TransposedKernel reduced resize_guidance size_of
         to_sequence why_not_project""",
-    "pacswap.ops": """AnyWindow SequenceWindow VolumeWindow Window adapting_kernel
+    "pacswap.ops": """AnyWindow SequenceWindow Task VolumeWindow Window adapting_kernel
         attach_kernel_gradient blended compute_dtype convolve
         explain guidance_window insert_zeros inserted_mask make_sequence_window
         make_volume_window make_window masked output_mask

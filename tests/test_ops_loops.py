@@ -70,6 +70,17 @@ def test_refusals(name):
     )
 
 
+def test_the_estimate_is_that_of_the_model():
+    window = make_window(3, padding=12, dilation=12)
+    tensors = torch.ones(1, 8, 28, 28), torch.ones(1, 1, 9, 28, 28), torch.ones(30, 8, 3, 3)
+    _, reason = ops.explain("auto", Task(tensors, window))
+    # 5/7 of the taps lie in the image along each axis, and writing costs as much as 30 products
+    cost = f"(about {2 * (5 / 7) ** 2:.2f} times it, forward, by the model of docs/performance.md)"
+    assert reason.startswith(f"compiled loops, near the price of the convolution on a CPU {cost}; ")
+    near = Task(tensors, make_window(3, padding=1))
+    assert "(about 2.00 times it" in ops.explain("auto", near)[1]
+
+
 def test_where_numba_is_missing_it_says_so(monkeypatch):
     monkeypatch.setattr(backends, "_has_numba", lambda: False)
     assert backends.why_not("loops") == "numba is not installed (pip install numba)"

@@ -1,6 +1,6 @@
 """The mathematics on tensors: one public function per operation, several backends behind it."""
 
-from pacswap.ops.backends import explain
+from pacswap.ops.backends import Task, explain
 from pacswap.ops.conv import (
     attach_kernel_gradient,
     convolve,
@@ -38,6 +38,7 @@ from pacswap.ops.window import Window, make_window
 __all__ = [
     "AnyWindow",
     "SequenceWindow",
+    "Task",
     "VolumeWindow",
     "Window",
     "adapting_kernel",

@@ -16,6 +16,7 @@ from pacswap.errors import BackendError, nearest_hint, quoted
 from pacswap.ops import eager, reference, taps
 from pacswap.ops.gpu.refusal import why_not_here, why_not_triton
 from pacswap.ops.measure import Measure
+from pacswap.ops.tiles import forward_cost
 from pacswap.ops.window import Window
 
 Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops", "triton"]
@@ -122,13 +123,26 @@ def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, s
     Example:
         >>> explain("eager")
         ('eager', 'asked for by name')
+        >>> from pacswap.ops import make_window
+        >>> tensors = torch.ones(1, 64, 8, 8), torch.ones(1, 1, 9, 8, 8), torch.ones(64, 64, 3, 3)
+        >>> name, reason = explain("auto", Task(tensors, make_window(3, padding=1)))
+        >>> print(reason.split("; ")[0])  # doctest: +SKIP
+        compiled loops, near the price of the convolution on a CPU (about 1.47 times it, forward, …)
     """
+    name, refusals = _chosen(backend, task)
+    if backend != "auto":
+        return name, "asked for by name"
+    return name, "; ".join([_GOOD_AT[name] + _estimate(name, task), *refusals])
+
+
+def _chosen(backend: Backend, task: Task | None) -> tuple[str, list[str]]:
+    """The backend, and for `auto` why not those before it."""
     if backend == "auto":
         refusals: list[str] = []
         for name in _PREFERRED:
             refusal = why_not(name, task)
             if refusal is None:
-                return name, "; ".join([_GOOD_AT[name], *refusals])
+                return name, refusals
             refusals.append(f"{name} is out: {refusal}")
     if backend not in BACKENDS:
         names = ["auto", *BACKENDS]
@@ -137,12 +151,22 @@ def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, s
     if refusal is not None:
         others = quoted([name for name in BACKENDS if why_not(name, task) is None])
         raise BackendError(f"backend={backend!r} cannot run this call: {refusal}. Can: {others}.")
-    return backend, "asked for by name"
+    return backend, []
+
+
+def _estimate(name: str, task: Task | None) -> str:
+    """What a convolution by the loops is estimated to take."""
+    if name != "loops" or task is None or task.window is None or len(task.tensors) < 3:
+        return ""
+    input, _, weight = task.tensors
+    image = (input.shape[-2], input.shape[-1])
+    cost = forward_cost(task.window, image, tuple(weight.shape))
+    return f" (about {cost:.2f} times it, forward, by the model of docs/performance.md)"
 
 
 def choose(backend: Backend, task: Task | None = None) -> ModuleType:
     """The module that implements the backend that `explain` names."""
-    name = explain(backend, task)[0]
+    name = _chosen(backend, task)[0]
     if name == "loops":
         # Only here: numba need not be there, and takes long to import.
         from pacswap.ops import loops

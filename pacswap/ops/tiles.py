@@ -17,6 +17,10 @@ _OUTPUTS = 1024
 # Numbers of a tile, one for each output, tap and channel: 1 MB of float32, a core's second cache.
 _MOST = 1 << 18
 _LEAST = 1 << 16
+# Multiply-adds of a matrix product in the time of writing one number of K·v; and a depthwise
+# convolution, whose two products for each tap leave nothing to a matrix product.
+_WRITE = 30
+_DEPTHWISE = 2.0
 # Below this part of a window's taps that lie inside the image, taps are taken one by one, each
 # where it does.
 _DENSE = 0.65
@@ -103,11 +107,7 @@ def tiling(window: Window, image: tuple[int, int]) -> Tiling:
         [_span(window, axis, k, size[axis], image[axis], before) for k in range(taps)]
         for axis, (taps, before) in enumerate(zip(window.kernel_size, (top, left), strict=True))
     ]
-    inside = 1.0
-    for axis in (0, 1):
-        seen = sum(last - first for first, last in spans[axis])
-        inside *= seen / max(1, size[axis] * window.kernel_size[axis])
-    one_by_one = inside < _DENSE
+    one_by_one = part_inside(window, image) < _DENSE
     blocks = []
     for rows in _even(0, size[0], round(size[0] * size[1] / _OUTPUTS)):
         down, across = ((0, taps) for taps in window.kernel_size)
@@ -118,6 +118,36 @@ def tiling(window: Window, image: tuple[int, int]) -> Tiling:
             blocks.append(tuple(tiles))
     tallest = max((tile.size[0] * tile.size[1] for block in blocks for tile in block), default=1)
     return Tiling(tuple(blocks), one_by_one, tallest)
+
+
+def part_inside(window: Window, image: tuple[int, int]) -> float:
+    """How many of all taps of all outputs lie in the image, from 0 to 1."""
+    size = window.output_size(*image)
+    left, _, top, _ = window.border(*image)
+    inside = 1.0
+    for axis, before in enumerate((top, left)):
+        taps = range(window.kernel_size[axis])
+        ends = [_span(window, axis, k, size[axis], image[axis], before) for k in taps]
+        inside *= sum(last - first for first, last in ends) / max(1, size[axis] * len(taps))
+    return inside
+
+
+def forward_cost(window: Window, image: tuple[int, int], weight: tuple[int, ...]) -> float:
+    """What the forward pass is estimated to take, in multiples of the plain convolution.
+
+    The products are the convolution's, less those of taps outside the image where these are left
+    out; writing a number of K·v takes as long as so many multiply-adds. Measured with
+    benchmarks/layers.py on two cores; docs/performance.md has how well it fits.
+
+    Args:
+        window: the geometry.
+        image: (H, W).
+        weight: (C_out, C_in/groups, KH, KW).
+    """
+    if weight[1] == 1:
+        return _DEPTHWISE
+    inside = part_inside(window, image)
+    return (inside if inside < _DENSE else 1.0) * (1 + _WRITE / weight[0])
 
 
 def most(cores: int, numbers: int) -> int:
