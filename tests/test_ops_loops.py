@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
 from typing import Any
@@ -31,7 +34,7 @@ from pacswap import ops
 from pacswap.errors import BackendError
 from pacswap.ops import backends, make_window, tiles
 from pacswap.ops.backends import Task
-from pacswap.ops.loops import dense, threads
+from pacswap.ops.loops import dense, machine_planes, threads
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 
@@ -49,6 +52,7 @@ def task(**changed: Any) -> Task:
 
 
 REFUSED = {
+    "whole numbers": (task(tensors=(IMAGE.int(),)), "its loops compute floating-point numbers, and the tensors are torch.int32"),
     "device": (task(tensors=(IMAGE.to("meta"),)), "its loops run on a CPU, and the tensors are on meta"),
     "class": (task(tensors=(IMAGE.as_subclass(Mine),)), "its loops read plain tensors, and one is a Mine"),
     "channels": (task(channel_wise=True), "its loops know one kernel for all channels, not one for each"),
@@ -81,10 +85,36 @@ def test_the_estimate_is_that_of_the_model():
     assert "(about 2.00 times it" in ops.explain("auto", near)[1]
 
 
-def test_where_numba_is_missing_it_says_so(monkeypatch):
-    monkeypatch.setattr(backends, "_has_numba", lambda: False)
-    assert backends.why_not("loops") == "numba is not installed (pip install numba)"
-    assert ops.explain("auto", task())[0] == "eager"
+WITHOUT = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            raise {fault}
+
+sys.meta_path.insert(0, Missing())
+import torch
+from pacswap import ops
+from pacswap.ops import backends
+print(backends.why_not("loops"))
+x = torch.ones(1, 2, 4, 4)
+K = ops.adapting_kernel(x, 3, padding=1)
+print(ops.explain()[0], ops.pac_conv2d(x, K, torch.ones(2, 2, 3, 3), padding=1).shape)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ('ModuleNotFoundError("no numba", name="numba")', "numba is not installed (pip install numba)"),
+        ('ImportError("Numba needs NumPy 9")', "numba is broken: Numba needs NumPy 9"),
+    ],
+)  # fmt: skip
+def test_where_numba_is_missing_or_broken_eager_does_it(fault, reason):
+    script = [sys.executable, "-c", WITHOUT.format(fault=fault)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [reason, "eager torch.Size([1, 2, 4, 4])"], done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -320,3 +350,89 @@ def test_forward_derivatives_are_refused_and_not_lost():
         dual = torch.autograd.forward_ad.make_dual(given["input"], torch.ones_like(given["input"]))
         with pytest.raises(RuntimeError, match="forward mode AD"):
             ops.pac_conv2d(dual, kernel, given["weight"], padding=1)
+
+
+FEWER = """
+import torch
+from pacswap import ops
+from pacswap.ops.loops import threads
+threads._WORTH_A_THREAD = 1
+torch.set_num_threads(2)
+x, w, K = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.rand(1, 1, 9, 9, 9)
+made, true = (
+    ops.pac_conv2d(x, K, w, padding=1, groups=8, backend=b) for b in ("loops", "reference")
+)
+assert threads.parts(8, 1 << 20) == 2
+assert (made - true).abs().max() < 1e-5, (made - true).abs().max()
+"""
+
+
+@pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true"])
+def test_all_is_computed_where_openmp_gives_fewer_threads(setting):
+    environment = {**os.environ, **dict([setting.split("=")])}
+    done = subprocess.run([sys.executable, "-c", FEWER], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_part_that_does_not_come_to_its_end_is_seen(monkeypatch):
+    monkeypatch.setattr(threads, "_parallel", lambda: lambda *given: None)
+    with pytest.raises(RuntimeError, match="0 of 2 parts of a compiled loop came to their end"):
+        threads.shared(machine_planes.depthwise, IMAGE, 2, 2, [0] * 8)
+
+
+NO_MIRROR = {
+    "four": Case((1, 4), padding=(0, 1), channels=(3, 3), image=(2, 1, 9)),
+    "seven_strided": Case((1, 7), stride=(1, 2), padding=(0, 3), channels=(3, 3), image=(2, 1, 9)),
+}
+
+
+@pytest.mark.parametrize("name", NO_MIRROR)
+def test_gradients_of_a_distance_stay_in_their_memory(name):
+    """In a row of its own, what lies after the last output belongs to others."""
+    case = NO_MIRROR[name]
+    given = case.tensors()
+    for _ in range(20):
+        assert_all_close64(pac(case, given, "loops"), pac(case, given, "reference"))
+
+
+def test_lazy_signs_and_zeros_without_memory_are_numbers():
+    case = CASES["3x3_p1"]
+    given = case.tensors()
+    truth = pac(case, {**given, "input": -given["input"]}, "reference", derivatives=False)
+    lazy = torch._neg_view(given["input"])
+    assert lazy.is_neg()
+    found = pac(case, {**given, "input": lazy}, "loops", derivatives=False)
+    assert_close64(found["output"], truth["output"])
+    none = torch._efficientzerotensor(given["input"].shape, dtype=torch.float64)
+    kernel = torch.ones(2, 1, 9, 7, 8, dtype=torch.float64)
+    made = ops.pac_conv2d(none, kernel, given["weight"], padding=1, backend="loops")
+    assert_equal(made, torch.zeros_like(made))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_infinity_in_the_middle_spoils_no_gradient_beyond_its_reach(groups):
+    given = Case(padding=1, channels=(4, 4), groups=groups, image=(1, 6, 7)).tensors()
+    given["input"][0, 1, 3, 6] = torch.inf
+    leaves = [given["input"], torch.rand(1, 1, 9, 6, 7).double(), given["weight"]]
+    found = {}
+    for backend in ("loops", "eager"):
+        x, K, w = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = ops.pac_conv2d(x, K, w, padding=1, groups=groups, backend=backend)
+        found[backend] = torch.autograd.grad(y, (x, K, w), torch.ones_like(y))
+    for ours, theirs in zip(found["loops"], found["eager"], strict=True):
+        assert_equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_distances_in_half_precision(dtype):
+    guidance = torch.randn(1, 3, 5, 6, dtype=dtype)
+    found, eager = (
+        ops.tap_distance(guidance, make_window(3, padding=1), backend=b) for b in ("loops", "eager")
+    )
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), eager.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_guidance_of_no_channels():
+    kernel = ops.adapting_kernel(torch.zeros(2, 0, 4, 5), 3, padding=1, backend="loops")
+    assert_equal(kernel, torch.ones(2, 1, 9, 4, 5))

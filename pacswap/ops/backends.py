@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -68,23 +67,32 @@ def _why_not_eager(task: Task | None) -> str | None:
 def _why_not_loops(task: Task | None) -> str | None:
     if torch.compiler.is_compiling():
         return "its loops are opaque to torch.compile and torch.export"
-    if not _has_numba():
-        return "numba is not installed (pip install numba)"
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return "its loops are opaque to what traces or watches torch's operations now"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "its loops are opaque to torch.func"
-    if task is None:
-        return None
-    for tensor in task.tensors:
+    for tensor in () if task is None else task.tensors:
         if tensor.device.type != "cpu":
             return f"its loops run on a CPU, and the tensors are on {tensor.device}"
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its loops read plain tensors, and one is a {type(tensor).__name__}"
-    if task.channel_wise:
+        if not tensor.is_floating_point():
+            return f"its loops compute floating-point numbers, and the tensors are {tensor.dtype}"
+    if task is not None and task.channel_wise:
         return "its loops know one kernel for all channels, not one for each"
-    if task.measure == "asymmetric":
+    if task is not None and task.measure == "asymmetric":
         return "its loops know no asymmetric difference"
+    return _why_no_numba()
+
+
+@lru_cache(maxsize=1)
+def _why_no_numba() -> str | None:
+    try:
+        import numba  # noqa: F401
+    except Exception as fault:  # it refuses versions of NumPy and Python that it does not know
+        missing = isinstance(fault, ModuleNotFoundError) and fault.name == "numba"
+        reason = "is not installed (pip install numba)" if missing else f"is broken: {fault}"
+        return f"numba {reason}"
     return None
 
 
@@ -100,11 +108,6 @@ _REFUSALS: dict[str, Callable[[Task | None], str | None]] = {
     "loops": _why_not_loops,
     "triton": _why_not_triton,
 }
-
-
-@lru_cache(maxsize=1)
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
 
 
 def explain(backend: Backend = "auto", task: Task | None = None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pacswap.ops import handwritten
@@ -32,9 +33,10 @@ def distances(
     channel_wise: bool,
 ) -> Tensor:
     """As `handwritten.Engine` says, like all that follow."""
-    image, plane = _with_border(guidance.detach(), window)
-    given = None if centre is None else centre.detach()
-    return distance.distances(image.contiguous(), given, plane, square=measure == "square")
+    image, plane = _with_border(_raw(guidance), window)
+    given = None if centre is None else _raw(centre)
+    found = distance.distances(image.contiguous(), given, plane, square=measure == "square")
+    return found.to(guidance.dtype)
 
 
 def distance_gradients(
@@ -46,17 +48,17 @@ def distance_gradients(
     channel_wise: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Both ends of each difference."""
-    image, plane = _with_border(guidance.detach(), window)
-    given = (None if centre is None else centre.detach(), grad.detach())
+    image, plane = _with_border(_raw(guidance), window)
+    given = (None if centre is None else _raw(centre), _raw(grad))
     found, back = distance.gradients(image.contiguous(), *given, plane, square=measure == "square")
-    return _without_border(found, guidance, window), back
+    found = _without_border(found, guidance, window).to(guidance.dtype)
+    return found, None if back is None else back.to(guidance.dtype)
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
     """Depthwise plane by plane, else by matrix products."""
-    wide = compute_dtype(input.dtype)
-    K, W = (tensor.detach().to(wide).contiguous() for tensor in (kernel, weight))
-    image, plane = _with_border(input.detach().to(wide), window)
+    K, W = (_raw(tensor).contiguous() for tensor in (kernel, weight))
+    image, plane = _with_border(_raw(input), window)
     size = window.output_size(input.shape[-2], input.shape[-1])
     output = image.new_empty(input.shape[0], weight.shape[0], *size)
     if weight.shape[1] == 1:
@@ -74,8 +76,7 @@ def gradients(
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """For input, kernel and weight."""
-    wide = compute_dtype(grad.dtype)
-    v, K, W, dY = (t.detach().to(wide).contiguous() for t in (*inputs, grad))
+    v, K, W, dY = (_raw(tensor).contiguous() for tensor in (*inputs, grad))
     image, plane = _with_border(v, window)
     image = image.contiguous()
     found: tuple[Tensor | None, ...]
@@ -87,6 +88,14 @@ def gradients(
     if grads[0] is not None:
         grads[0] = _without_border(grads[0], inputs[0], window)
     return [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The numbers themselves, in the dtype to compute in: no lazy sign, no zeros without memory."""
+    wide = compute_dtype(tensor.dtype)
+    if torch._is_zerotensor(tensor):
+        return torch.zeros(tensor.shape, dtype=wide)
+    return tensor.detach().to(wide).resolve_neg()
 
 
 def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:

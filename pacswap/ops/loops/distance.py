@@ -28,6 +28,8 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
         [B, 1, KH*KW, H_out, W_out].
     """
     B, D, *image = guidance.shape
+    if D == 0:
+        return guidance.new_zeros(B, 1, window.taps, *window.output_size(image[0], image[1]))
     halves = centre is None and _mirrors(window)
     reach = window.dilation[0] * (window.kernel_size[0] // 2)
     # What is computed beyond a block to mirror it is lost: let it be a small part.

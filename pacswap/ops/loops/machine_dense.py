@@ -142,6 +142,12 @@ def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                         into[x + p : x + q],
                         sums[at + p : at + q],
                     )
+                    for r in range(y0, y1):  # 0·∞ beyond the image
+                        o = at + r * count
+                        for n in range(o, o + a):
+                            sums[n] = 0
+                        for n in range(o + b, o + count):
+                            sums[n] = 0
                     continue
                 for r in range(y0, y1):
                     s, m, o = start + r * count, k0 + r * wide, at + r * count

@@ -184,6 +184,11 @@ def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: An
                             near[i] += pull * k[i]
                             dots[i] += pull * x[i]
                             total += p[i] * k[i] * x[i]
+                        if total != total:  # NaN, perhaps from 0·∞ between the rows
+                            total = w * 0
+                            for y in range(count):
+                                for i in range(y * row, y * row + width):
+                                    total += p[i] * k[i] * x[i]
                         grad_weight[o, t] += total
                 add_back(into, grad_image[b, c], top, lie)
 
@@ -325,8 +330,9 @@ def distance_gradients(first: int, last: int, thread: int, given: Any, like: Any
     found_apart = carray(pointer(g[18]), (g[19], g[20], g[21]), kind)
     room = carray(pointer(g[22]), (g[23], g[24]), kind)
     lie, centre, square, halves, offsets = g[25:35], g[35], g[36], g[37], g[38:]
-    D, n = image.shape[1], pulls.shape[2]
-    size = room.shape[1] // 2
+    D, size = image.shape[1], room.shape[1] // 2
+    # Without what lies beyond the last row's last output.
+    n = pulls.shape[2] if halves else min(pulls.shape[2], size - offsets.max())
     f, into = room[thread, :size], room[thread, size:]
     for channel in range(first, last):
         b, c = channel // D, channel % D
@@ -346,12 +352,12 @@ def distance_gradients(first: int, last: int, thread: int, given: Any, like: Any
             elif centre >= 0:
                 to = offsets[centre]
                 pull_both(
-                    pulls[b, t], f[at : at + n], f[to : to + n],
+                    pulls[b, t, :n], f[at : at + n], f[to : to + n],
                     into[at : at + n], into[to : to + n], square,
                 )  # fmt: skip
             else:
                 pull_both(
-                    pulls[b, t], f[at : at + n], apart[b, c], into[at : at + n],
-                    found_apart[b, c], square,
+                    pulls[b, t, :n], f[at : at + n], apart[b, c, :n], into[at : at + n],
+                    found_apart[b, c, :n], square,
                 )  # fmt: skip
         add_back(into, found[b, c], 0, lie)

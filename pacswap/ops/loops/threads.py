@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -83,15 +85,20 @@ def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[in
         threads: what `parts` gave.
         given: addresses, sizes and other numbers.
     """
-    head = [0, threads, count, len(given), 0]
+    head = [0, threads, count, len(given), 0, 0]
     packed = np.array([*head, *given], dtype=np.int64)
     if threads == 1:
-        loop(0, count, 0, packed[len(head) :], _EMPTY[like.dtype])
+        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype])
         return
     packed[4] = packed.ctypes.data
     entry = _parallel()
     assert entry is not None  # `parts` asked
     entry(_region(loop, like.dtype).address, packed.ctypes.data, threads, 0)
+    if packed[5] != threads:
+        raise RuntimeError(f"{packed[5]} of {threads} parts of a compiled loop came to their end.")
+
+
+_HEAD = 6  # next part, parts, count, how many numbers, its own address, parts that are done
 
 
 def described(tensor: Tensor) -> tuple[int, ...]:
@@ -111,12 +118,16 @@ def _region(loop: Any, dtype: torch.dtype) -> Any:
     kind = _EMPTY[dtype].dtype
 
     def region(data: Any) -> None:
-        head = numba.carray(data, (5,), np.int64)
-        given = numba.carray(data, (5 + head[3],), np.int64)[5:]
-        thread, threads, count = _ticket(head[4]), head[1], head[2]
-        if thread < threads:
-            first, last = count * thread // threads, count * (thread + 1) // threads
-            loop(first, last, thread, given, np.empty(0, kind))
+        head = numba.carray(data, (_HEAD,), np.int64)
+        given = numba.carray(data, (_HEAD + head[3],), np.int64)[_HEAD:]
+        threads, count = head[1], head[2]
+        # One part after another: OpenMP may give fewer threads than it was asked for.
+        part = _ticket(head[4])
+        while part < threads:
+            first, last = count * part // threads, count * (part + 1) // threads
+            loop(first, last, part, given, np.empty(0, kind))
+            _ticket(head[4] + 5 * 8)
+            part = _ticket(head[4])
 
     return numba.cfunc("void(voidptr)")(region)
 
@@ -124,7 +135,7 @@ def _region(loop: Any, dtype: torch.dtype) -> Any:
 @lru_cache(maxsize=1)
 def _parallel() -> Any:
     """GOMP_parallel of the OpenMP that torch has loaded; None where that has no such entry."""
-    for name in _OPENMP:
+    for name in (*_loaded(), *_OPENMP):
         try:
             library = ctypes.CDLL(name, mode=getattr(os, "RTLD_NOLOAD", 0))
             entry = library.GOMP_parallel
@@ -134,3 +145,14 @@ def _parallel() -> Any:
         entry.restype = None
         return entry
     return None
+
+
+def _loaded() -> list[str]:
+    """The files of OpenMP that are loaded, torch's own first: wheels may rename them."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    words = (line.split() for line in maps.read_text(encoding="utf-8").splitlines())
+    files = {w[-1] for w in words if re.search(r"/lib(gomp|iomp|omp)[^/]*$", w[-1])}
+    home = str(Path(torch.__file__).parents[1])
+    return sorted(files, key=lambda file: (not file.startswith(home), file))
