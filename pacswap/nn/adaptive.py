@@ -28,6 +28,7 @@ ADDED = (
     "supply",
     "shared_filters",
     "guidance",
+    "heads",
 )
 
 

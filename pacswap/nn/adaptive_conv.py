@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 
 class AdaptiveConv(Adaptive):
-    """Mixin of a subclass of `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+    """Mixin of a subclass of `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
 
+    Attributes:
+        heads: maps of each image that it filters, one after another, as inside attention: the
+            kernel of an image serves all of them.
+    """
+
+    heads = 1
     _variant = Variant()  # another one in the classes that `adaptive_class` makes
     in_channels: int
     out_channels: int
@@ -90,7 +96,12 @@ class AdaptiveConv(Adaptive):
             return self.forward(input.unsqueeze(0), guidance, kernel=kernel).squeeze(0)
         if self.is_resting:
             return self._convolved(input)
-        return self._again(self._adapted, input, self._kernel(guidance, kernel, like=input))
+        return self._again(
+            self._adapted, input, self._of_heads(self._kernel(guidance, kernel, like=input))
+        )
+
+    def _of_heads(self, kernel: Tensor) -> Tensor:
+        return kernel if self.heads == 1 else kernel.repeat_interleave(self.heads, 0)
 
     def _adapted(self, input: Tensor, kernel: Tensor) -> Tensor:
         """PAC; at blend 0 the plain convolution to the last bit, with the kernel's gradient."""

@@ -300,7 +300,7 @@ class _Analysis:
         claims: list[Claim],
         scopes: list[tuple[PlannedScope, Probe | RelayProbe, list[Claim]]],
     ) -> Plan:
-        builder = Assembly(self.model, self.groups, self.sizes(claims))
+        builder = Assembly(self.model, self.groups, self.sizes(claims), self.seen)
         for index, (scope, probe, members) in enumerate(scopes):
             for claim in members:
                 builder.add(index, scope, probe, claim)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pacswap.nn import Adaptive, PacCRF, PacFilter2d
 from pacswap.surgery.cost import layer_macs, layer_numbers
+from pacswap.surgery.heads import heads_of
 from pacswap.surgery.operations import adaptive_module, kernels_of, resolved_kernel
 from pacswap.surgery.plan import PlannedGuidance, PlannedKernel, PlannedLayer, PlannedScope
 from pacswap.surgery.relaying import RelayProbe, why_not_batch
@@ -50,8 +51,9 @@ class Assembly:
         model: nn.Module,
         groups: tuple[Group, ...],
         sizes: Mapping[str, tuple[tuple[int, ...], ...]],
+        seen: Observation,
     ) -> None:
-        self.model, self.groups, self.sizes = model, groups, sizes
+        self.model, self.groups, self.sizes, self.seen = model, groups, sizes, seen
         self.guidances: list[PlannedGuidance] = []
         self.kernels: list[PlannedKernel] = []
         self.layers: list[PlannedLayer] = []
@@ -73,7 +75,9 @@ class Assembly:
         module = adaptive_module(group, twin, channels, torch.empty(0, device="meta"))
         filtered = {channels} if inserted else probe.channels(claim.name, axes)
         self._check_axes(claim, guidance, axes)
-        self._check_batch(claim, guidance, set() if inserted else probe.batches(claim.name, axes))
+        heads = 1 if inserted else self._heads(claim, guidance)
+        batches = set() if inserted or heads > 1 else probe.batches(claim.name, axes)
+        self._check_batch(claim, guidance, batches)
         for number in sorted(filtered):
             self._check_channels(claim, group, guidance, number)
         if isinstance(module, PacFilter2d):
@@ -95,6 +99,7 @@ class Assembly:
                 channels,
                 self._aliases(place),
                 probe.calls(claim.name),
+                heads,
             )
         )
 
@@ -203,6 +208,13 @@ class Assembly:
                 "guidance",
             )
         )
+
+    def _heads(self, claim: Claim, guidance: int) -> int:
+        """How many maps of each image a layer filters."""
+        shape = next((s for s in self.guidances[guidance].shapes if s is not None), None)
+        if shape is None:
+            return 1
+        return heads_of(claim.name, dict(self.model.named_modules()), self.seen, shape[0]) or 1
 
     def _check_batch(self, claim: Claim, guidance: int, batches: set[int]) -> None:
         """A layer sees as many maps as its guidance has."""

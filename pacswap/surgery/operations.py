@@ -46,6 +46,7 @@ OWN_ATTRIBUTES = (
     "guided_by",
     "supply",
     "shared_filters",
+    "heads",
     "window",
 )
 

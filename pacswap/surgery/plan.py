@@ -124,6 +124,7 @@ class PlannedLayer:
         channels: C of what is filtered.
         aliases: other names under which the same module is registered.
         calls: how often it runs in one forward pass.
+        heads: maps of each image that it filters, as inside attention.
     """
 
     name: str
@@ -138,6 +139,7 @@ class PlannedLayer:
     channels: int
     aliases: tuple[str, ...]
     calls: int
+    heads: int = 1
 
     @property
     def kernel(self) -> int:

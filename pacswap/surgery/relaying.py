@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pacswap.errors import quoted
+from pacswap.surgery.heads import heads_of
 from pacswap.surgery.plan import PlannedScope, RelayedSource
 from pacswap.surgery.scope import is_list, resolve_sources
 from pacswap.surgery.skeleton import Call, Entry, Observation
@@ -177,8 +178,9 @@ class RelayProbe:
             for call in inside:
                 if call.input_shape is None:
                     return f"cannot feed '{layer}': what it filters is not one tensor."
-                if batch is not None and call.input_shape[0] != batch:
-                    return why_not_batch(layer, source, call.input_shape[0], batch)
+                if batch is None or heads_of(layer, self.modules, seen, batch) is not None:
+                    continue
+                return why_not_batch(layer, source, call.input_shape[0], batch)
         return None
 
     def _made(self, source: str, seen: Observation, order: int) -> Call | None:

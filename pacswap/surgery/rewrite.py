@@ -186,6 +186,8 @@ def _put(model: nn.Module, plan: Plan, layer: PlannedLayer) -> None:
         new.adapting_kernel = None
     sources = ", ".join(f"'{source}'" for source in plan.guidance_of(layer).sources)
     new.guided_by = f"'{layer.name}' (guided by {sources})"
+    if layer.heads > 1:
+        vars(new)["heads"] = layer.heads
     if old is not None:
         _replace(model, layer.name, new)
         return
