@@ -88,6 +88,6 @@ def test_windows_are_no_heads():
         upgraded(Windows(8), "part.attention.pool")
     assert str(raised.value) == (
         "cannot upgrade Network: guidance: cannot feed 'part.attention.pool' from 'stem': it "
-        "filters 8 maps where the guidance has 2. It runs on regions or windows of the image, or on several "
-        "images at once; name a guidance that runs on the same ones."
+        "filters 8 maps where the guidance has 2. It runs on regions or windows of the image, or "
+        "on several images at once; name a guidance that runs on the same ones."
     )

@@ -26,9 +26,9 @@ def heads_of(
         batch: images that guide.
 
     Returns:
-        1 for as many maps as images; the `num_heads` of the nearest module around the layer that has
-        them, if it is given as many maps as there are images; None where neither explains what the
-        layer filters.
+        1 for as many maps as images; the `num_heads` of the nearest module around the layer that
+        has them, if it is given as many maps as there are images; None where neither explains
+        what the layer filters.
     """
     by_order = {call.order: call for call in seen.calls}
     found = {_heads_of(call, modules, by_order, batch) for call in seen.of(layer)}
