@@ -23,6 +23,7 @@ from train_jobs import (
     weights,
 )
 
+from pacswap.errors import TrainingError
 from pacswap.surgery import plan_of
 from pacswap.train.engine.device import is_batch_norm, seed_step, synchronised
 from pacswap.train.engine.events import Evaluated, StageBegun, StepDone
@@ -48,6 +49,8 @@ def test_only_what_learns_moves(tmp_path, group, norm):
     learning = named[group] if group in named else roles.named(group)
     frozen = model.stem[0].weight.requires_grad_(False)  # by the user, before
     model.body[1].eval()
+    if group == "guidance":  # which learns nothing while the blend stays at 0
+        model.body[0].blend.data.fill_(0.5)
     before = weights(model)
     given = job(tmp_path, model, stages=[stage(train=[group])], batch_norm=norm)
     train(given)
@@ -58,6 +61,16 @@ def test_only_what_learns_moves(tmp_path, group, norm):
     assert all(p.grad is None for p in model.parameters())
     assert model.body[1].training is False
     assert model.training
+
+
+def test_what_guides_a_layer_whose_blend_stays_at_0_is_not_trained_in_silence(tmp_path):
+    with pytest.raises(TrainingError) as raised:
+        train(job(tmp_path, upgraded(), stages=[stage(train=["guidance"])]))
+    assert str(raised.value) == (
+        "the loss depends on none of 'body.0.guidance.project.weight', which are all that this "
+        "stage trains. Let it train something on the path to the logits; what guides a layer learns "
+        "nothing while the layer's blend stays at 0."
+    )
 
 
 def test_stages_follow_each_other(tmp_path):
@@ -195,7 +208,8 @@ def test_what_the_loss_does_not_depend_on_stays(tmp_path):
     )
     assert refused(given) == (
         "the loss depends on none of 'head.weight', 'head.bias', which are all that this stage "
-        "trains. Let it train something on the path to the logits."
+        "stage trains. Let it train something on the path to the logits; what guides a layer learns "
+        "nothing while the layer's blend stays at 0."
     )
 
 

@@ -74,7 +74,8 @@ class Learner:
         if not self.groups:
             raise TrainingError(
                 f"the loss depends on none of {quoted(self.idle[:3])}, which are all that this "
-                "stage trains. Let it train something on the path to the logits."
+                "stage trains. Let it train something on the path to the logits; what guides a "
+                "layer learns nothing while the layer's blend stays at 0."
             )
         _let_learn(model, self.groups)
         self.learning = [p for p in model.parameters() if p.requires_grad]
