@@ -68,8 +68,8 @@ def test_what_guides_a_layer_whose_blend_stays_at_0_is_not_trained_in_silence(tm
         train(job(tmp_path, upgraded(), stages=[stage(train=["guidance"])]))
     assert str(raised.value) == (
         "the loss depends on none of 'body.0.guidance.project.weight', which are all that this "
-        "stage trains. Let it train something on the path to the logits; what guides a layer learns "
-        "nothing while the layer's blend stays at 0."
+        "stage trains. Let it train something on the path to the logits; what guides a layer "
+        "learns nothing while the layer's blend stays at 0."
     )
 
 
@@ -208,7 +208,7 @@ def test_what_the_loss_does_not_depend_on_stays(tmp_path):
     )
     assert refused(given) == (
         "the loss depends on none of 'head.weight', 'head.bias', which are all that this stage "
-        "stage trains. Let it train something on the path to the logits; what guides a layer learns "
+        "trains. Let it train something on the path to the logits; what guides a layer learns "
         "nothing while the layer's blend stays at 0."
     )
 

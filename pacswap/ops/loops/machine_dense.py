@@ -23,6 +23,27 @@ def span(start: int, step: int, count: int, side: int) -> tuple[int, int]:
 
 
 @compiled
+def clear_sides(x: Any, start: int, y0: int, y1: int, count: int, a: int, b: int) -> None:
+    """0 at the left and the right of some rows; setting slices would take as long as the rows."""
+    for r in range(y0, y1):
+        for n in range(start + r * count, start + r * count + a):
+            x[n] = 0
+        for n in range(start + r * count + b, start + (r + 1) * count):
+            x[n] = 0
+
+
+@compiled
+def multiply(part: Any, k: Any, v: Any, step: int) -> None:
+    """part = k · v, of v every so many."""
+    if step == 1:
+        for n in range(part.size):
+            part[n] = k[n] * v[n]
+    else:
+        for n in range(part.size):
+            part[n] = k[n] * v[n * step]
+
+
+@compiled
 def adapt(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """seen[c, t, p] = K[t, p] · v[c, p + t], 0 beyond the image; channels `first` to `last`.
 
@@ -60,35 +81,27 @@ def adapt(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     # All rows in one go: what a row sees of its neighbours is put right after.
                     p, q = y0 * count + a, (y1 - 1) * count + b
                     x = c * height * width + top * width + left
-                    part, k, line = S[start + p : start + q], K[k0 + p : k0 + q], v[x + p : x + q]
-                    for n in range(part.size):
-                        part[n] = k[n] * line[n]
-                for r in range(y0, y1):
+                    multiply(S[start + p : start + q], K[k0 + p : k0 + q], v[x + p : x + q], 1)
+                clear_sides(S, start, y0, y1, count, a, b)
+                for r in range(y0, 0 if is_flat else y1):
                     s = start + r * count
-                    # Element by element: setting a slice takes as long as a row.
-                    for n in range(s, s + a):
-                        S[n] = 0
-                    for n in range(s + b, s + count):
-                        S[n] = 0
-                    if is_flat:
-                        continue
                     x = (c * height + top + r * down) * width + left + a * across
                     part, k = S[s + a : s + b], K[k0 + r * wide + a : k0 + r * wide + b]
                     line = v[x : x + (b - a - 1) * across + 1]
-                    if across == 1:
-                        for n in range(part.size):
-                            part[n] = k[n] * line[n]
-                    else:
-                        for n in range(part.size):
-                            part[n] = k[n] * line[n * across]
+                    multiply(part, k, line, across)
 
 
 @compiled
-def share(Z: Any, k: Any, v: Any, into: Any, sums: Any) -> None:
+def share(Z: Any, k: Any, v: Any, into: Any, sums: Any, step: int) -> None:
     """What a tap's gradient is to its pixel, into += K · Z, and to its factor, sums += Z · v."""
-    for n in range(Z.size):
-        into[n] += k[n] * Z[n]
-        sums[n] += Z[n] * v[n]
+    if step == 1:
+        for n in range(Z.size):
+            into[n] += k[n] * Z[n]
+            sums[n] += Z[n] * v[n]
+    else:
+        for n in range(Z.size):
+            into[n * step] += k[n] * Z[n]
+            sums[n] += Z[n] * v[n * step]
 
 
 @compiled
@@ -127,12 +140,7 @@ def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     continue
                 k0 = ((i * KW + j) * high + r0) * wide + c0
                 if is_flat:
-                    for r in range(y0, y1):
-                        s = start + r * count
-                        for n in range(s, s + a):
-                            Z[n] = 0
-                        for n in range(s + b, s + count):
-                            Z[n] = 0
+                    clear_sides(Z, start, y0, y1, count, a, b)
                     p, q = y0 * count + a, (y1 - 1) * count + b
                     x = c * height * width + top * width + left
                     share(
@@ -141,13 +149,9 @@ def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                         v[x + p : x + q],
                         into[x + p : x + q],
                         sums[at + p : at + q],
+                        1,
                     )
-                    for r in range(y0, y1):  # 0·∞ beyond the image
-                        o = at + r * count
-                        for n in range(o, o + a):
-                            sums[n] = 0
-                        for n in range(o + b, o + count):
-                            sums[n] = 0
+                    clear_sides(sums, at, y0, y1, count, a, b)  # 0·∞ beyond the image
                     continue
                 for r in range(y0, y1):
                     s, m, o = start + r * count, k0 + r * wide, at + r * count
@@ -155,9 +159,4 @@ def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     end = x + (b - a - 1) * across + 1
                     z, k, d = Z[s + a : s + b], K[m + a : m + b], sums[o + a : o + b]
                     line, sent = v[x:end], into[x:end]
-                    if across == 1:
-                        share(z, k, line, sent, d)
-                    else:
-                        for n in range(z.size):
-                            sent[n * across] += k[n] * z[n]
-                            d[n] += z[n] * line[n * across]
+                    share(z, k, line, sent, d, across)
