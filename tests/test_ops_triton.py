@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import CASES, HALVES, assert_as_good_as, pac, wide
+from numerics import CASES, HALVES, Case, assert_as_good_as, pac, wide
 from torch import Tensor
 
 from pacswap.ops.gpu.geometry import Geometry
@@ -64,13 +64,13 @@ class Compiler:
     def __init__(self) -> None:
         self.made: dict[str, str] = {}  # PTX by the program's name
 
-    def __call__(self, program: Any, grid: Any, on: Tensor, **given: Any) -> None:
+    def __call__(self, program: Any, grid: Any, on: Tensor, given: dict[str, Any]) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         config, function = program.configs[0], program.fn
-        given |= config.kwargs
+        given = given | config.kwargs
         signature, constants = {}, {}
         for place, parameter in enumerate(function.params):
             value = given[parameter.name]
@@ -156,15 +156,50 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ON_GPU = list(CASES) if torch.cuda.is_available() else ["3x3_p1"]  # one skip, not one for each
 
 
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("name", ON_GPU)
-def test_on_a_gpu_it_is_as_good_as_the_reference(name, dtype):
-    case = CASES[name]
+def programs() -> list[Any]:
+    from pacswap.ops.gpu import dense, depthwise, distance
+
+    modules = (dense, depthwise, distance)
+    return [p for module in modules for p in vars(module).values() if hasattr(p, "configs")]
+
+
+@pytest.fixture
+def first_configuration(monkeypatch):
+    """Measuring the others would take minutes; what they compute is tested below."""
+    for program in programs():
+        monkeypatch.setattr(program, "configs", program.configs[:1])
+
+
+def assert_right(case: Case, dtype: torch.dtype) -> None:
     given = {key: value.cuda() for key, value in case.tensors(dtype).items()}
     truth, baseline = pac(case, wide(given), "reference"), pac(case, given, "reference")
     for quantity, value in pac(case, given, "triton").items():
         if quantity not in ("grad_blend", "grad_bandwidth"):
             factor = 3.0 if quantity.startswith("grad_") else 2.0
             assert_as_good_as(value, truth[quantity], baseline[quantity], factor, name=quantity)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_it_is_as_good_as_the_reference(name, dtype, first_configuration):
+    assert_right(CASES[name], dtype)
+
+
+MOST = 8  # configurations of a program
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", range(MOST if torch.cuda.is_available() else 1))
+def test_on_a_gpu_every_configuration_is_right(number, dtype, monkeypatch):
+    """On more pixels and channels than one block has, and not a multiple of it."""
+    assert all(len(program.configs) <= MOST for program in programs())
+    for program in programs():
+        one = program.configs[min(number, len(program.configs) - 1)]
+        monkeypatch.setattr(program, "configs", [one])
+    image = 1, 19, 31
+    assert_right(Case(3, stride=2, padding=1, channels=(272, 144), image=image), dtype)
+    assert_right(Case(3, padding=1, groups=72, channels=(72, 144), image=image), dtype)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pacswap.ops.gpu import distance
 from pacswap.ops.gpu.geometry import Geometry, empty, is_last
-from pacswap.ops.gpu.launch import blocks, laid, phases, run, sizes, without_bfloat16
+from pacswap.ops.gpu.launch import (
+    Given,
+    blocks,
+    channels_last,
+    phases,
+    run,
+    sizes,
+    without_bfloat16,
+)
 from pacswap.ops.gpu.tuning import channel_block, size_class
 
 
@@ -25,15 +31,8 @@ def tap_distance(
     if not (M and D):
         return made.zero_()
     given = _call(guidance, centre, geometry, measure, each)
-    run(
-        distance.forward,
-        lambda m: (blocks(M, m["BP"]), 1),
-        guidance,
-        **given,
-        d=made,
-        M=M,
-        size=size_class(M),
-    )
+    given |= {"d": made, "M": M, "size": size_class(M)}
+    run(distance.forward, lambda m: (blocks(M, m["BP"]),), guidance, given)
     return made
 
 
@@ -48,49 +47,42 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of the guidance, and of the centre where there is one, else empty."""
     B, D, H, W = guidance.shape
-    last = is_last(guidance)
-    made = empty(guidance, (B, D, H, W), last)
+    made = empty(guidance, (B, D, H, W), True)
     pixels = (B, D, geometry.HO, geometry.WO)
-    if centre is None:  # a sum on its way to the guidance: kept in float32
-        grad_centre = guidance.new_empty(pixels, dtype=torch.float32)
-    else:
-        grad_centre = guidance.new_empty(pixels)
+    # Where it is a sum on its way to the guidance, it is kept in float32.
+    like = guidance.new_empty(0, dtype=torch.float32) if centre is None else centre
+    grad_centre = empty(like, pixels, True)
     if grad.numel() and guidance.numel():
         given = _call(guidance, centre, geometry, measure, each)
-        given |= {"grad": grad.contiguous(), "dat": grad_centre, "df": made, "D_LAST": last}
+        given |= {"grad": grad.contiguous(), "dat": grad_centre, "df": made, "B": B}
         M = B * geometry.HO * geometry.WO
-        run(
-            distance.centre_gradient,
-            lambda m: (blocks(M, m["BP"]), blocks(D, m["BC"])),
-            grad,
-            **given,
-            M=M,
-            size=size_class(M),
-        )
+        of_pixels = {"M": M, "size": size_class(M)}
+
+        def by_pixels(m: dict[str, int]) -> tuple[int, int]:
+            return blocks(M, m["BP"]), blocks(D, m["BC"])
+
+        run(distance.centre_gradient, by_pixels, grad, given | of_pixels)
         rows, strides = phases(guidance, geometry)
         block = min(channel_block(D), 32)
-        run(
-            distance.guidance_gradient,
-            lambda m: (blocks(rows, m["BP"]) * strides, blocks(D, block)),
-            grad,
-            **given,
-            **geometry.lift,
-            B=B,
-            BC=block,
-            size=size_class(rows),
-        )
+        given |= {"BC": block, "size": size_class(rows)}
+
+        def by_owner(m: dict[str, int]) -> tuple[int, int]:
+            return blocks(rows, m["BP"]) * strides, blocks(D, block)
+
+        run(distance.guidance_gradient, by_owner, grad, given)
     else:
         made.zero_()
         grad_centre.zero_()
-    return made, guidance.new_empty(0) if centre is None else grad_centre
+    made = made if is_last(guidance) else made.contiguous()
+    return made, guidance.new_empty(0) if centre is None else grad_centre.contiguous()
 
 
 def _call(
     guidance: Tensor, centre: Tensor | None, geometry: Geometry, measure: str, each: bool
-) -> dict[str, Any]:
+) -> Given:
     """The arguments that all of the Triton kernels take."""
-    f, last = laid(guidance)
-    own = centre is None
-    given = {**sizes(guidance, geometry), "f": f, "LAST": last, "EACH": each, "MEASURE": measure}
-    at = f if centre is None else centre.contiguous()
-    return given | {"at": at, "SKIP": geometry.centre if own else -1}
+    given = {**sizes(guidance, geometry), "EACH": each, "MEASURE": measure}
+    given["f"] = channels_last(guidance)
+    if centre is None:
+        return given | {"at": given["f"], "SKIP": geometry.centre}
+    return given | {"at": channels_last(centre), "SKIP": -1}

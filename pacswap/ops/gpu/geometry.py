@@ -44,14 +44,6 @@ class Geometry(NamedTuple):
         """As `Window.centre`."""
         return (self.KH - 1) // 2 * self.KW + (self.KW - 1) // 2
 
-    @property
-    def lift(self) -> dict[str, int]:
-        """By how many strides the place of a pixel before the first tap is lifted above 0."""
-        return {
-            "LIFT_Y": max(0, (self.KH - 1) * self.DH - self.TOP),
-            "LIFT_X": max(0, (self.KW - 1) * self.DW - self.LEFT),
-        }
-
 
 def with_zeros(image: Tensor, window: Window) -> tuple[Tensor, Window]:
     """The image and its window, or the padded image and the unpadded window if not of zeros."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from pacswap.ops.gpu import dense, depthwise
 from pacswap.ops.gpu.geometry import Geometry, empty, is_last
 from pacswap.ops.gpu.refusal import INTERPRETS
 from pacswap.ops.gpu.tuning import channel_block, precision, size_class
+
+Given: TypeAlias = dict[str, Any]  # arguments of a Triton kernel by name
 
 # A part of the pixels has a multiple of so many: of every block of `tuning`.
 _CHUNK = 128 if INTERPRETS else 512
@@ -43,22 +45,18 @@ def pac_conv2d(
 ) -> Tensor:
     """PAC without a bias; the output has its channels last in memory if `last`."""
     B, CO = input.shape[0], weight.shape[0]
-    output = empty(input, (B, CO, geometry.HO, geometry.WO), last)
+    output = empty(input, (B, CO, geometry.HO, geometry.WO), True)
     M = B * geometry.HO * geometry.WO
-    if not output.numel():
-        return output
-    programs, given = _call(input, kernel, CO, geometry, groups)
-    filters = _by_tap(weight, groups)  # [T, G, C_out/G, C_in/G]
+    if output.numel():
+        programs, given = _call(input, kernel, CO, geometry, groups)
+        each, side = (1, "BC") if programs is depthwise else (groups, "BO")
 
-    def grid(m: dict[str, int]) -> tuple[int, int]:
-        each, block = (CO, m["BC"]) if programs is depthwise else (CO // groups, m["BO"])
-        return blocks(M, m["BP"]), (1 if programs is depthwise else groups) * blocks(each, block)
+        def grid(m: dict[str, int]) -> tuple[int]:
+            return (blocks(M, m["BP"]) * each * blocks(CO // each, m[side]),)
 
-    w = filters.transpose(2, 3).contiguous()
-    run(
-        programs.forward, grid, output, **given, w=w, y=output, M=M, size=size_class(M), Y_LAST=last
-    )
-    return output
+        given |= {"w": _filters(weight, programs), "y": output, "M": M, "size": size_class(M)}
+        run(programs.forward, grid, output, given)
+    return output if last else output.contiguous()
 
 
 @without_bfloat16
@@ -74,11 +72,10 @@ def pull(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the adapting kernel, empty where not wanted."""
     B, C, H, W = input.shape
-    CO, alone = weight.shape[0], _is_depthwise(input, groups)
-    last = is_last(input)
-    grad_input = empty(input, (B, C, H, W) if want_input else (0, 0, 0, 0), last)
-    block = channel_block(C if alone else C // groups)
-    columns = blocks(C, block) if alone else groups * blocks(C // groups, block)
+    CO, each = weight.shape[0], 1 if _is_depthwise(input, groups) else groups
+    grad_input = empty(input, (B, C, H, W) if want_input else (0, 0, 0, 0), True)
+    block = channel_block(C // each)
+    columns = each * blocks(C // each, block)
     # Taps that see the border are nobody's: their gradient stays 0.
     if not want_kernel:
         shares = kernel.new_empty(0)
@@ -88,28 +85,23 @@ def pull(
         shares = grad.new_zeros(columns, *kernel.shape, dtype=torch.float32)
     if grad.numel() and input.numel():
         programs, given = _call(input, kernel, CO, geometry, groups)
-        dy, dy_last = laid(grad)
         rows, strides = phases(input, geometry)
-
-        def grid(m: dict[str, int]) -> tuple[int, int]:
-            return blocks(rows, m["BP"]) * strides, columns
-
-        given |= geometry.lift | {"WANT_INPUT": want_input, "WANT_KERNEL": want_kernel}
-        given |= {"dy": dy, "Y_LAST": dy_last, "w": _by_tap(weight, groups).contiguous()}
-        given |= {"dx": grad_input, "D_LAST": last, "dk": shares, "B": B, "BC": block}
-        run(programs.pull, grid, grad, **given, size=size_class(rows))
+        given |= {"WANT_INPUT": want_input, "WANT_KERNEL": want_kernel, "B": B, "BC": block}
+        given |= {"dy": channels_last(grad), "w": _filters(weight, programs)}
+        given |= {"dx": grad_input, "dk": shares, "size": size_class(rows)}
+        run(programs.pull, lambda m: (blocks(rows, m["BP"]) * strides * columns,), grad, given)
     else:
         grad_input.zero_()
     if want_kernel and kernel.shape[1] == 1:
-        shares = shares.sum(0).to(kernel.dtype)
-    return grad_input, shares
+        shares = (shares[0] if columns == 1 else shares.sum(0)).to(kernel.dtype)
+    return grad_input if is_last(input) else grad_input.contiguous(), shares
 
 
 @without_bfloat16
 def weight_gradient(
     grad: Tensor, input: Tensor, kernel: Tensor, weight: Tensor, geometry: Geometry, groups: int
 ) -> Tensor:
-    """The gradient of the weight; of `weight` only the shape counts."""
+    """The gradient of the weight; of `weight` only shape and memory format count."""
     CO, C, T = weight.shape[0], input.shape[1], geometry.KH * geometry.KW
     M = grad.shape[0] * geometry.HO * geometry.WO
     if not (M and weight.numel()):
@@ -117,27 +109,42 @@ def weight_gradient(
     programs, given = _call(input, kernel, CO, geometry, groups)
     alone = programs is depthwise
     CG, OG = C // groups, CO // groups
-    tiles = T * (blocks(CO, 16) if alone else groups * blocks(CG, 64) * blocks(OG, 64))
+    tiles = T * (blocks(CO, 16) if alone else groups * blocks(CG, 128) * blocks(OG, 128))
     chunk = blocks(M, _parts(input, tiles, M) * _CHUNK) * _CHUNK
     parts = blocks(M, chunk)
-    shape = (T, CO) if alone else (T, groups, CG, OG)
-    sums = grad.new_empty(parts, *shape, dtype=torch.float32)
-    dy, dy_last = laid(grad)
+    sums = grad.new_empty(parts, *((T, CO) if alone else (CO, T, CG)), dtype=torch.float32)
 
     def grid(m: dict[str, int]) -> tuple[int, int]:
         if alone:
             return T * blocks(CO, m["BC"]), parts
         return T * groups * blocks(CG, m["BC"]) * blocks(OG, m["BO"]), parts
 
-    given |= {"dy": dy, "Y_LAST": dy_last, "dw": sums, "M": M, "CHUNK": chunk}
-    run(programs.weight_gradient, grid, grad, **given, size=size_class(M))
-    total = sums.sum(0).to(weight.dtype)
-    total = total.T if alone else total.permute(1, 3, 2, 0)
-    return total.reshape(weight.shape).contiguous()
+    given |= {"dy": channels_last(grad), "dw": sums, "M": M, "CHUNK": chunk, "size": size_class(M)}
+    run(programs.weight_gradient, grid, grad, given)
+    total = (sums[0] if parts == 1 else sums.sum(0)).to(weight.dtype)
+    found = total.T.reshape(weight.shape) if alone else total.unflatten(1, weight.shape[2:])
+    found = found if alone else found.permute(0, 3, 1, 2)
+    return found if is_last(weight) else found.contiguous()
+
+
+def gradients(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    geometry: Geometry,
+    groups: int,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """For input, kernel and weight, None where not needed."""
+    found: list[Tensor | None] = [None, None, None]
+    if needed[0] or needed[1]:
+        found[:2] = pull(grad, *inputs, geometry, groups, needed[0], needed[1])
+    if needed[2]:
+        found[2] = weight_gradient(grad, *inputs, geometry, groups)
+    return [made if need else None for made, need in zip(found, needed, strict=True)]
 
 
 def run(
-    program: Any, grid: Callable[[dict[str, int]], tuple[int, int]], on: Tensor, **given: Any
+    program: Any, grid: Callable[[dict[str, int]], tuple[int, ...]], on: Tensor, given: Given
 ) -> None:
     """Run a Triton kernel on the device of a tensor, with those of the arguments that it has."""
     with torch.cuda.device_of(on):
@@ -149,12 +156,12 @@ def blocks(length: int, block: int) -> int:
     return (length + block - 1) // block
 
 
-def laid(image: Tensor) -> tuple[Tensor, bool]:
-    """An image as Triton kernels read it, and whether its channels are last in memory."""
-    return (image, True) if is_last(image) else (image.contiguous(), False)
+def channels_last(image: Tensor) -> Tensor:
+    """An image as Triton kernels read it: a pixel's channels side by side, [B, H, W, C]."""
+    return image.contiguous(memory_format=torch.channels_last)
 
 
-def sizes(image: Tensor, geometry: Geometry) -> dict[str, Any]:
+def sizes(image: Tensor, geometry: Geometry) -> Given:
     """The arguments that say where pixels and taps lie."""
     _, C, H, W = image.shape
     return {"C": C, "H": H, "W": W, **geometry._asdict()}
@@ -162,11 +169,10 @@ def sizes(image: Tensor, geometry: Geometry) -> dict[str, Any]:
 
 def _call(
     input: Tensor, kernel: Tensor, out_channels: int, geometry: Geometry, groups: int
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, Given]:
     """The module of the Triton kernels, and the arguments that all of them take."""
-    x, last = laid(input)
     given = {**sizes(input, geometry), "CO": out_channels, "EACH": kernel.shape[1] > 1}
-    given |= {"x": x, "X_LAST": last, "k": kernel.contiguous()}
+    given |= {"x": channels_last(input), "k": kernel.contiguous()}
     if _is_depthwise(input, groups):
         return depthwise, given
     return dense, given | {"G": groups, "PRECISION": precision()}
@@ -176,10 +182,11 @@ def _is_depthwise(input: Tensor, groups: int) -> bool:
     return groups > 1 and groups == input.shape[1]
 
 
-def _by_tap(weight: Tensor, groups: int) -> Tensor:
-    """[C_out, C_in/G, KH, KW] to [KH*KW, G, C_out/G, C_in/G]."""
-    CO, CG = weight.shape[:2]
-    return weight.reshape(groups, CO // groups, CG, -1).permute(3, 0, 1, 2)
+def _filters(weight: Tensor, programs: Any) -> Tensor:
+    """[C_out, C_in/G, KH, KW] as Triton kernels read it: [C_out, T, C_in/G], or [T, C_out]."""
+    if programs is depthwise:
+        return weight.flatten(1).T.contiguous()
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def phases(image: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def _(grad, input, kernel, weight, geometry, groups, want_input, want_kernel):  
 
 @weight_gradient.register_fake
 def _(grad, input, kernel, weight, geometry, groups):  # type: ignore[no-untyped-def]
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return empty(weight, tuple(weight.shape), is_last(weight))
 
 
 @tap_distance.register_fake
@@ -124,27 +124,27 @@ def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = conv_gradients(
+    found = _conv_gradients(
         ctx.saved_tensors, grad, Geometry(*ctx.geometry), ctx.groups, ctx.needs_input_grad[:3]
     )
     return *found, None, None, None
 
 
-def conv_gradients(
+def _conv_gradients(
     inputs: Sequence[Tensor],
     grad: Tensor,
     geometry: Geometry,
     groups: int,
     needed: Sequence[bool],
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """The gradients of input, kernel and weight; differentiable where a graph is being made."""
     if torch.is_grad_enabled():
         window = geometry.window(*inputs[0].shape[2:])
         return differentiable_vjp(
             lambda x, k, w: taps.pac_conv2d(x, k, w, None, window, groups), inputs, needed, grad
         )
-    grad_input = grad_kernel = grad_weight = None
     given = list(geometry), groups
+    grad_input = grad_kernel = grad_weight = None
     if needed[0] or needed[1]:
         made = pull(grad, *inputs, *given, needed[0], needed[1])
         grad_input, grad_kernel = (
@@ -152,7 +152,7 @@ def conv_gradients(
         )
     if needed[2]:
         grad_weight = weight_gradient(grad, *inputs, *given)
-    return [grad_input, grad_kernel, grad_weight]
+    return grad_input, grad_kernel, grad_weight
 
 
 def _keep_distance(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

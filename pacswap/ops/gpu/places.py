@@ -1,6 +1,6 @@
 """Where a Triton kernel's pixels lie. Device code: `tl` integers, no tensors of torch.
 
-Images are [B, C, H, W] in memory, or [B, H, W, C] if LAST; adapting kernels [B, 1 or C, T, H·W].
+Images are [B, H, W, C] in memory, adapting kernels [B, 1 or C, T, H, W].
 """
 
 from __future__ import annotations
@@ -17,15 +17,9 @@ def decode(n, height, width):
 
 
 @triton.jit
-def pixel(b, y, x, C, H, W, LAST: tl.constexpr):
+def pixel(b, y, x, C, H, W):
     """The offset of a pixel's first channel."""
-    return ((b * H + y) * W + x) * C if LAST else b * C * H * W + y * W + x
-
-
-@triton.jit
-def channel(c, H, W, LAST: tl.constexpr):
-    """What a channel adds to the offset of its pixel."""
-    return c.to(tl.int64) if LAST else c.to(tl.int64) * H * W
+    return ((b * H + y) * W + x) * C
 
 
 @triton.jit
@@ -48,3 +42,18 @@ def owned(block, H, W, phase, SH: tl.constexpr, SW: tl.constexpr, BP: tl.constex
 def inside(y, x, H, W):
     """Whether a place is on the image and not on its border of zeros."""
     return (y >= 0) & (y < H) & (x >= 0) & (x < W)
+
+
+@triton.jit
+def reaching(place, taps: tl.constexpr, stride: tl.constexpr, dilation: tl.constexpr):
+    """(first, step, count) of the taps that see a place on one axis, counted from its border on.
+
+    Tap t of the output n sees n·stride + t·dilation.
+    """
+    first, second, count = 0, 0, 0
+    for t in tl.static_range(taps):
+        hit = (place - t * dilation) % stride == 0
+        first = tl.where(hit & (count == 0), t, first)
+        second = tl.where(hit & (count == 1), t, second)
+        count += tl.where(hit, 1, 0)
+    return first, second - first, count

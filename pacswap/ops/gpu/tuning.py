@@ -41,7 +41,7 @@ _INTERPRETED = {"BP": 128, "BO": 16, "BC": 16}
 
 _KEY = (
     *("size", "C", "CO", "KH", "KW", "SH", "SW", "G"),
-    *("EACH", "LAST", "X_LAST", "Y_LAST", "PRECISION"),
+    *("EACH", "PRECISION"),
 )
 
 
@@ -107,4 +107,4 @@ def precision() -> str:
 
 def channel_block(channels: int) -> int:
     """How many input channels a program takes at once where the caller must know it."""
-    return 16 if INTERPRETS else min(64, max(16, triton.next_power_of_2(channels)))
+    return 16 if INTERPRETS else min(128, max(16, triton.next_power_of_2(channels)))
