@@ -69,7 +69,7 @@ class Compiler:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        config, function = program.configs[0], program.fn
+        config, function = program.configs[0], program.function
         given = given | config.kwargs
         signature, constants = {}, {}
         for place, parameter in enumerate(function.params):

@@ -204,6 +204,16 @@ def test_refusals_of_every_call(name, monkeypatch):
     assert str(raised.value).startswith(f"backend='triton' cannot run this call: {reason}. Can: ")
 
 
+def test_a_window_with_more_taps_than_bits_is_refused_unless_depthwise():
+    input, window = torch.zeros(1, 4, 5, 70), ops.make_window((1, 64))
+    weight = torch.zeros(4, 4, 1, 64)
+    reason = "its matrix products know windows of up to 63 taps a side"
+    assert refusal.why_not_triton(input, weight, window, 1) == reason
+    assert refusal.why_not_triton(input, weight[:, :1], window, 4) is None
+    assert refusal.why_not_triton(input, None, window, 1) is None
+    assert refusal.why_not_triton(input, weight[..., 1:], ops.make_window((1, 63)), 1) is None
+
+
 def test_a_tensor_on_the_cpu_is_refused_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(refusal, "INTERPRETS", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -228,7 +238,7 @@ def test_an_export_is_refused_in_words():
 
 def test_tf32_is_used_where_matrix_products_may(monkeypatch):
     assert torch.backends.cudnn.allow_tf32  # which is not asked
-    assert tuning.precision() == "ieee"
+    assert tuning.precision() == "tf32x3"
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -50,6 +50,8 @@ GEOMETRIES = {
     "groups_to_1_each": Case((1, 2), groups=2, channels=(6, 2)),
     "depthwise_s2": Case((2, 3), stride=2, padding=1, groups=4, channels=(4, 4)),
     "one_channel": Case((1, 2), channels=(1, 1)),
+    "more_taps_than_31": Case((1, 33), padding=(0, 16), channels=(2, 3), image=(1, 1, 6)),
+    "more_taps_than_63": Case((9, 8), padding=4, channels=(2, 3), image=(1, 4, 5)),
     "blocks_of_pixels": Case((1, 2), stride=(1, 2), channels=(5, 7), image=(3, 7, 27)),
     "blocks_of_channels": Case((1, 2), channels=(20, 36), image=(1, 4, 5)),
     "blocks_in_groups": Case((1, 2), groups=2, channels=(36, 4), image=(1, 4, 5)),

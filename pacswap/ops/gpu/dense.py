@@ -1,9 +1,10 @@
 """Triton kernels of the dense and the grouped PAC: implicit matrix products with `tl.dot`.
 
-Names as in `places`; G groups of CG input and OG output channels; the weight is [CO, T, CG]; a
-block is BP pixels by BC or BO channels. `EACH`: the adapting kernel has a channel for every input
-channel. If not, a tap's factor multiplies the tap's sum and not its terms: tensor cores read x as it
-lies.
+Names as in `places`; G groups of CG input and OG output channels, of which CF and OF are powers of
+two that divide them; the weight is [CO, T, CG]; a block is BP pixels by BC or BO channels. `EACH`:
+the adapting kernel has a channel for every input channel.
+
+Tensor cores are faster than divisions: where a tap lies is counted on, not computed.
 """
 
 from __future__ import annotations
@@ -11,32 +12,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pacswap.ops.gpu.places import decode, factor, inside, owned, pixel, reaching
+from pacswap.ops.gpu.places import (
+    decode,
+    factor,
+    inside,
+    inside_bits,
+    owned,
+    pixel,
+    reached_bits,
+    reaching,
+    seen_at,
+    sees_at_once,
+)
 from pacswap.ops.gpu.tuning import PRODUCT, PULL, WEIGHT, tuned
 
 
 @triton.jit
-def common(k, b, t, py, px, seen, T: tl.constexpr, HO, WO):
-    """K of a tap for each pixel, 0 where the tap sees none, in float32."""
-    return tl.load(k + factor(b, 0, t, py, px, 1, T, HO, WO), mask=seen, other=0.0).to(tl.float32)
+def separate(k, b, c, t, py, px, seen, C, T: tl.constexpr, HO, WO):
+    """K of a tap for each pixel, [BP, 1], and channel, 0 where not `seen`, [BP, BC]."""
+    return tl.load(k + factor(b, c, t, py, px, C, T, HO, WO), mask=seen, other=0.0)
 
 
 @triton.jit
-def separate(k, b, c, t, py, px, seen, C, T: tl.constexpr, HO, WO):
-    """K of a tap for each pixel and channel, 0 where not `seen`, [BP, BC], in float32."""
-    at = factor(b[:, None], c, t, py[:, None], px[:, None], C, T, HO, WO)
-    return tl.load(k + at, mask=seen, other=0.0).to(tl.float32)
+def real(channels, count, block: tl.constexpr, divisor: tl.constexpr):
+    """Whether channels are there; no question where blocks divide their number."""
+    return channels < count if divisor % block else tl.full(channels.shape, True, tl.int1)
 
 
 @tuned(PRODUCT)
-@triton.jit
 def forward(
     x, k, w, y, M, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    PRECISION: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+    CF: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Y[p, o] = Σ_t K[t, p] · Σ_c x[p+t, c] · w[o, t, c]."""
+    """Y[p, o] = Σ_t Σ_c (K[t, p] · x[p+t, c]) · w[o, t, c]."""
     T: tl.constexpr = KH * KW
     CG, OG = C // G, CO // G
     # Programs side by side read the same pixels.
@@ -46,34 +57,45 @@ def forward(
     p = tl.program_id(0) // (across * G) * BP + tl.arange(0, BP)
     known = p < M
     b, py, px = decode(p, HO, WO)
+    sees_y = tl.where(known, inside_bits(py * SH - TOP, H, KH, DH), 0)
+    sees_x = inside_bits(px * SW - LEFT, W, KW, DW)
+    sees = sees_at_once(sees_y, sees_x, KH, KW)
+    c = tl.arange(0, BC)
+    # Of the first tap and the first channels.
+    rows = x + (pixel(b, py * SH - TOP, px * SW - LEFT, C, H, W)[:, None] + (g * CG + c))
+    filters = w + ((g * OG + o) * (T * CG) + c[:, None])
+    factors = k + factor(b, 0, 0, py, px, 1, T, HO, WO)
     steps = tl.cdiv(CG, BC)
     total = tl.zeros([BP, BO], tl.float32)
-    part = tl.zeros([BP, BO], tl.float32)
+    ty, tx, first = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     # One loop over taps and channels, so that loads of the next tap overlap with this product.
-    for step in range(T * steps):
-        t = step // steps
-        c = step % steps * BC + tl.arange(0, BC)
-        qy, qx = py * SH - TOP + t // KW * DH, px * SW - LEFT + t % KW * DW
-        seen = known & inside(qy, qx, H, W)
+    for _ in range(T * steps):
+        seen = seen_at(sees, sees_y, sees_x, ty, tx, KH, KW)
+        exists = real(first + c, CG, BC, CF)
         terms = tl.load(
-            x + (pixel(b, qy, qx, C, H, W)[:, None] + (g * CG + c)),
-            mask=seen[:, None] & (c < CG), other=0.0,
+            rows + ((ty * DH * W + tx * DW).to(tl.int64) * C + first),
+            mask=seen[:, None] & exists, other=0.0,
         )  # fmt: skip
-        filters = tl.load(
-            w + (((g * OG + o) * T + t) * CG + c[:, None]),
-            mask=(c < CG)[:, None] & (o < OG), other=0.0,
+        weights = tl.load(
+            filters + ((ty * KW + tx) * CG + first),
+            mask=exists[:, None] & real(o, OG, BO, OF), other=0.0,
         )  # fmt: skip
         if EACH:
-            mask = seen[:, None] & (c < CG)
-            scale = separate(k, b, g * CG + c, t, py, px, mask, C, T, HO, WO)
-            terms = (terms.to(tl.float32) * scale).to(terms.dtype)
-            total = tl.dot(terms, filters, total, input_precision=PRECISION)
+            mask = seen[:, None] & exists
+            scale = separate(
+                k, b[:, None], g * CG + first + c, ty * KW + tx, py[:, None], px[:, None], mask,
+                C, T, HO, WO,
+            )  # fmt: skip
         else:
-            scale = common(k, b, t, py, px, seen, T, HO, WO)
-            part = tl.dot(terms, filters, part, input_precision=PRECISION)
-            if step % steps == steps - 1:
-                total += part * scale[:, None]
-                part = tl.zeros([BP, BO], tl.float32)
+            there = known & inside(py * SH - TOP + ty * DH, px * SW - LEFT + tx * DW, H, W)
+            scale = tl.load(factors + (ty * KW + tx) * HO * WO, mask=there, other=0.0)[:, None]
+        total = tl.dot(terms * scale, weights, total, input_precision=PRECISION)
+        # No `if`: the compiler would load one step at a time.
+        first += BC
+        tx += (first >= CG).to(tl.int32)
+        first = tl.where(first >= CG, 0, first)
+        ty += (tx == KW).to(tl.int32)
+        tx = tl.where(tx == KW, 0, tx)
     tl.store(
         y + (pixel(b, py, px, CO, HO, WO)[:, None] + (g * OG + o)),
         total.to(y.dtype.element_ty), mask=known[:, None] & (o < OG),
@@ -81,12 +103,12 @@ def forward(
 
 
 @tuned(PULL)
-@triton.jit
 def pull(
     dy, x, k, w, dx, dk, B, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    PRECISION: tl.constexpr, WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
+    CF: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Z[q, c] = Σ_o dy[p, o] · w[o, t, c], where tap t of p sees q; dx = Σ_t K·Z, dk = x·Z.
@@ -106,73 +128,99 @@ def pull(
     known = (b < B) & (qy < H) & (qx < W)
     q = pixel(b, qy, qx, C, H, W)[:, None] + (g * CG + c)
     mine = known[:, None] & (c < CG)
-    first_y, step_y, rows = reaching(phase // SW + TOP, KH, SH, DH)
-    first_x, step_x, columns = reaching(phase % SW + LEFT, KW, SW, DW)
-    steps = tl.cdiv(OG, BO)
     own = tl.zeros([BP, BC], tl.float32)
     if WANT_KERNEL:
         own = tl.load(x + q, mask=mine, other=0.0).to(tl.float32)
+    above, beside = phase // SW + TOP, phase % SW + LEFT
+    first_y, step_y, count_y = reaching(above, KH, SH, DH)
+    first_x, step_x, count_x = reaching(beside, KW, SW, DW)
+    sees_y = tl.where(known, reached_bits(i, above, HO, KH, SH, DH), 0)
+    sees_x = reached_bits(j, beside, WO, KW, SW, DW)
+    sees = sees_at_once(sees_y, sees_x, KH, KW)
+    o = tl.arange(0, BO)
+    rows = dy + (pixel(b, i, j, CO, HO, WO)[:, None] + (g * OG + o))
+    filters = w + ((g * OG + o[:, None]).to(tl.int64) * (T * CG) + c)
+    # Of the output pixel (i, j) and the first tap.
+    place = factor(b, 0, 0, i, j, 1, T, HO, WO)
+    steps = tl.cdiv(OG, BO)
     total = tl.zeros([BP, BC], tl.float32)
     z = tl.zeros([BP, BC], tl.float32)
-    for step in range(rows * columns * steps):
-        o = step % steps * BO + tl.arange(0, BO)
-        ty = first_y + step // steps // columns * step_y
-        tx = first_x + step // steps % columns * step_x
+    end_x = first_x + count_x * step_x
+    ty, tx, first = first_y, first_x, tl.full([], 0, tl.int32)
+    for _ in range(count_y * count_x * steps):
+        shift = (above - ty * DH) // SH * WO + (beside - tx * DW) // SW
         t = ty * KW + tx
-        py = i + (phase // SW + TOP - ty * DH) // SH
-        px = j + (phase % SW + LEFT - tx * DW) // SW
-        seen = known & inside(py, px, HO, WO)
+        seen = seen_at(sees, sees_y, sees_x, ty, tx, KH, KW)
+        exists = real(first + o, OG, BO, OF)
         grad = tl.load(
-            dy + (pixel(b, py, px, CO, HO, WO)[:, None] + (g * OG + o)),
-            mask=seen[:, None] & (o < OG), other=0.0,
-        )  # fmt: skip
-        filters = tl.load(
-            w + (((g * OG + o[:, None]) * T + t) * CG + c),
-            mask=(o < OG)[:, None] & (c < CG), other=0.0,
-        )  # fmt: skip
-        z = tl.dot(grad, filters, z, input_precision=PRECISION)
-        if step % steps == steps - 1:
-            total = spread(
-                z, own, total, k, dk, column, b, g * CG + c, t, py, px, seen, c < CG,
-                B, C, T, HO, WO, EACH, WANT_INPUT, WANT_KERNEL,
-            )  # fmt: skip
+            rows + (shift.to(tl.int64) * CO + first), mask=seen[:, None] & exists, other=0.0
+        )
+        weights = tl.load(
+            filters + (first * T + t) * CG, mask=exists[:, None] & real(c, CG, BC, CF), other=0.0
+        )
+        z = tl.dot(grad, weights, z, input_precision=PRECISION)
+        first += BO
+        if first >= OG:
+            if EACH:
+                total = spread_each(
+                    z, own, total, k, dk, b, g * CG + c, t, i + (above - ty * DH) // SH,
+                    j + (beside - tx * DW) // SW, seen, c < CG, C, T, HO, WO,
+                    WANT_INPUT, WANT_KERNEL,
+                )  # fmt: skip
+            else:
+                total = spread(
+                    z, own, total, k, dk, column.to(tl.int64) * B * T * HO * WO,
+                    place + (t * HO * WO + shift), seen, WANT_INPUT, WANT_KERNEL,
+                )  # fmt: skip
             z = tl.zeros([BP, BC], tl.float32)
+        tx += tl.where(first >= OG, step_x, 0)
+        first = tl.where(first >= OG, 0, first)
+        ty += tl.where(tx == end_x, step_y, 0)
+        tx = tl.where(tx == end_x, first_x, tx)
     if WANT_INPUT:
         tl.store(dx + q, total.to(dx.dtype.element_ty), mask=mine)
 
 
 @triton.jit
 def spread(
-    z, own, total, k, dk, column, b, c, t, py, px, seen, real, B, C, T: tl.constexpr, HO, WO,
-    EACH: tl.constexpr, WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
+    z, own, total, k, dk, share, at, seen, WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
 ):  # fmt: skip
-    """Store x·Z as the kernel's gradient and return the total with K·Z added."""
+    """Store x·Z as the kernel's gradient and return the total with K·Z added.
+
+    Programs along the channels have a share of `dk` each.
+    """
     if WANT_KERNEL:
-        pulled = z * own
-        if EACH:
-            at = factor(b[:, None], c, t, py[:, None], px[:, None], C, T, HO, WO)
-            tl.store(dk + at, pulled.to(dk.dtype.element_ty), mask=seen[:, None] & real)
-        else:
-            # A share of its own for each program along the channels.
-            share = dk + column.to(tl.int64) * B * T * HO * WO
-            tl.store(share + factor(b, 0, t, py, px, 1, T, HO, WO), tl.sum(pulled, 1), mask=seen)
+        tl.store(dk + share + at, tl.sum(z * own, 1).to(dk.dtype.element_ty), mask=seen)
     if WANT_INPUT:
-        if EACH:
-            total += z * separate(k, b, c, t, py, px, seen[:, None] & real, C, T, HO, WO)
-        else:
-            total += z * common(k, b, t, py, px, seen, T, HO, WO)[:, None]
+        total += z * tl.load(k + at, mask=seen, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def spread_each(
+    z, own, total, k, dk, b, c, t, py, px, seen, exists, C, T: tl.constexpr, HO, WO,
+    WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
+):  # fmt: skip
+    """As `spread`, for an adapting kernel with a channel for every input channel."""
+    mask = seen[:, None] & exists
+    if WANT_KERNEL:
+        at = factor(b[:, None], c, t, py[:, None], px[:, None], C, T, HO, WO)
+        tl.store(dk + at, (z * own).to(dk.dtype.element_ty), mask=mask)
+    if WANT_INPUT:
+        each = separate(k, b[:, None], c, t, py[:, None], px[:, None], mask, C, T, HO, WO)
+        total += z * each.to(tl.float32)
     return total
 
 
 @tuned(WEIGHT)
-@triton.jit
 def weight_gradient(
-    dy, x, k, dw, M, CHUNK, C, H, W, CO, HO, WO, TOP, LEFT, size,
+    dy, x, k, dw, B, PARTS, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    PRECISION: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+    CF: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dw[s, o, t, c] = Σ_p (K[t, p] · dy[p, o]) · x[p+t, c] over the s-th CHUNK of pixels."""
+    """dw[s, o, t, c] = Σ_p (K[t, p] · dy[p, o]) · x[p+t, c] over the s-th of PARTS of pixels."""
     T: tl.constexpr = KH * KW
     CG, OG = C // G, CO // G
     tile, s = tl.program_id(0), tl.program_id(1)
@@ -182,29 +230,54 @@ def weight_gradient(
     down = tl.cdiv(OG, BO)
     o = tile % down * BO + tl.arange(0, BO)
     t, g = tile // down // G, tile // down % G
-    last = tl.minimum(M, (s + 1) * CHUNK)
+    above, beside = t // KW * DH - TOP, t % KW * DW - LEFT
+    # Blocks of pixels do not go on from one image to the next: what is of the image is of all rows.
+    each = tl.cdiv(HO * WO, BP)
+    first = s * tl.cdiv(B * each, PARTS)
+    last = tl.minimum(B * each, first + tl.cdiv(B * each, PARTS))
+    b, block = (first // each).to(tl.int64), first % each
+    # Numbers before the image, pixels before the output, and how many each has.
+    size_x, size_y = (b * 0 + H) * W * C, (b * 0 + HO) * WO
+    image, output = b * size_x, b * size_y
+    start_y, start_x = tl.arange(0, BP) // WO, tl.arange(0, BP) % WO
+    py, px = (block * BP + tl.arange(0, BP)) // WO, (block * BP + tl.arange(0, BP)) % WO
+    columns = x + (g * CG + c)
+    # Read transposed: the left factor of a product is scaled on its way to the tensor cores.
+    grads = dy + (tl.arange(0, BP) * CO + (g * OG + o)[:, None])
     total = tl.zeros([BO, BC], tl.float32)
-    for start in range(s * CHUNK, last, BP):
-        p = start + tl.arange(0, BP)
-        b, py, px = decode(p, HO, WO)
-        qy, qx = py * SH - TOP + t // KW * DH, px * SW - LEFT + t % KW * DW
-        seen = (p < last) & inside(qy, qx, H, W)
+    for _ in range(first, last):
+        p = block * BP + tl.arange(0, BP)
+        known = p < HO * WO
+        qy, qx = py * SH + above, px * SW + beside
+        seen = known & inside(qy, qx, H, W)
         terms = tl.load(
-            x + (pixel(b, qy, qx, C, H, W)[:, None] + (g * CG + c)),
-            mask=seen[:, None] & (c < CG), other=0.0,
+            columns + (image + (qy * W + qx).to(tl.int64)[:, None] * C),
+            mask=seen[:, None] & real(c, CG, BC, CF), other=0.0,
         )  # fmt: skip
         grad = tl.load(
-            dy + (pixel(b, py, px, CO, HO, WO)[:, None] + (g * OG + o)),
-            mask=seen[:, None] & (o < OG), other=0.0,
+            grads + (output + block * BP) * CO,
+            mask=known & real(o, OG, BO, OF)[:, None], other=0.0,
         )  # fmt: skip
-        pulled = tl.trans(grad)  # [BO, BP]
         if EACH:
             mask = seen[:, None] & (c < CG)
-            scale = separate(k, b, g * CG + c, t, py, px, mask, C, T, HO, WO)
-            terms = (terms.to(tl.float32) * scale).to(terms.dtype)
+            b = output // size_y
+            scale = separate(
+                k, b, g * CG + c, t, py[:, None], px[:, None], mask, C, T, HO, WO
+            )  # fmt: skip
+            terms *= scale
         else:
-            scale = common(k, b, t, py, px, seen, T, HO, WO)
-            pulled = (pulled.to(tl.float32) * scale[None, :]).to(terms.dtype)
-        total = tl.dot(pulled, terms, total, input_precision=PRECISION)
+            # A sum, or the compiler would find out `seen` for every thread that multiplies.
+            factors = k + (output * T + t * HO * WO + p)[:, None] + tl.zeros([1, 2], tl.int32)
+            mask = seen[:, None] & (tl.arange(0, 2) == 0)
+            grad *= tl.sum(tl.load(factors, mask=mask, other=0.0), 1).to(grad.dtype)
+        total = tl.dot(grad, terms, total, input_precision=PRECISION)
+        block += 1
+        px += BP % WO
+        py += BP // WO + (px >= WO).to(tl.int32)
+        px = tl.where(px >= WO, px - WO, px)
+        px, py = tl.where(block == each, start_x, px), tl.where(block == each, start_y, py)
+        image += tl.where(block == each, size_x, 0)
+        output += tl.where(block == each, size_y, 0)
+        block = tl.where(block == each, 0, block)
     at = ((s.to(tl.int64) * CO + g * OG + o[:, None]) * T + t) * CG + c
-    tl.store(dw + at, total, mask=(o < OG)[:, None] & (c < CG))
+    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=(o < OG)[:, None] & (c < CG))

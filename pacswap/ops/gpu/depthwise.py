@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pacswap.ops.gpu.dense import common, separate, spread
-from pacswap.ops.gpu.places import decode, inside, owned, pixel, reaching
+from pacswap.ops.gpu.dense import separate, spread, spread_each
+from pacswap.ops.gpu.places import decode, factor, inside, owned, pixel, reaching
 from pacswap.ops.gpu.tuning import PIXELWISE, POINTWISE, tuned
 
 
@@ -25,14 +25,16 @@ def _scaled(
     mask = seen[:, None] & real
     terms = tl.load(x + (pixel(b, qy, qx, C, H, W)[:, None] + c), mask=mask, other=0.0)
     if EACH:
-        scale = separate(k, b, c, t, py, px, mask, C, KH * KW, HO, WO)
+        scale = separate(
+            k, b[:, None], c, t, py[:, None], px[:, None], mask, C, KH * KW, HO, WO
+        )  # fmt: skip
     else:
-        scale = common(k, b, t, py, px, seen, KH * KW, HO, WO)[:, None]
-    return terms.to(tl.float32) * scale
+        at = factor(b, 0, t, py, px, 1, KH * KW, HO, WO)
+        scale = tl.load(k + at, mask=seen, other=0.0)[:, None]
+    return terms.to(tl.float32) * scale.to(tl.float32)
 
 
 @tuned(POINTWISE)
-@triton.jit
 def forward(
     x, k, w, y, M, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -59,7 +61,6 @@ def forward(
 
 
 @tuned(PIXELWISE)
-@triton.jit
 def pull(
     dy, x, k, w, dx, dk, B, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -97,16 +98,21 @@ def pull(
             grad = tl.load(dy + (p + o), mask=seen[:, None] & (c < C), other=0.0)
             filters = tl.load(w + t * CO + o, mask=c < C, other=0.0)
             z += grad.to(tl.float32) * filters.to(tl.float32)
-        total = spread(
-            z, own, total, k, dk, column, b, c, t, py, px, seen, c < C, B, C, T, HO, WO,
-            EACH, WANT_INPUT, WANT_KERNEL,
-        )  # fmt: skip
+        if EACH:
+            total = spread_each(
+                z, own, total, k, dk, b, c, t, py, px, seen, c < C, C, T, HO, WO,
+                WANT_INPUT, WANT_KERNEL,
+            )  # fmt: skip
+        else:
+            total = spread(
+                z, own, total, k, dk, column.to(tl.int64) * B * T * HO * WO,
+                factor(b, 0, t, py, px, 1, T, HO, WO), seen, WANT_INPUT, WANT_KERNEL,
+            )  # fmt: skip
     if WANT_INPUT:
         tl.store(dx + q, total.to(dx.dtype.element_ty), mask=mine)
 
 
 @tuned(POINTWISE)
-@triton.jit
 def weight_gradient(
     dy, x, k, dw, M, CHUNK, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -131,4 +137,5 @@ def weight_gradient(
         at = pixel(b, py, px, CO, HO, WO)[:, None] + o
         grad = tl.load(dy + at, mask=known[:, None] & (o < CO), other=0.0)
         total += scaled * grad.to(tl.float32)
-    tl.store(dw + (s.to(tl.int64) * T + t) * CO + o, tl.sum(total, 0), mask=o < CO)
+    place = dw + (s.to(tl.int64) * T + t) * CO + o
+    tl.store(place, tl.sum(total, 0).to(dw.dtype.element_ty), mask=o < CO)

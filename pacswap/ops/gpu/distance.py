@@ -79,7 +79,6 @@ def _grad(grad, b, c, t, py, px, known, C, T, HO, WO, EACH: tl.constexpr):
 
 
 @tuned(POINTWISE)
-@triton.jit
 def forward(
     f, at, d, M, C, H, W, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -114,7 +113,6 @@ def forward(
 
 
 @tuned(POINTWISE)
-@triton.jit
 def centre_gradient(
     grad, f, at, dat, M, C, H, W, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -141,7 +139,6 @@ def centre_gradient(
 
 
 @tuned(PIXELWISE)
-@triton.jit
 def guidance_gradient(
     grad, f, at, dat, df, B, C, H, W, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -58,15 +60,15 @@ def gradients(
         M = B * geometry.HO * geometry.WO
         of_pixels = {"M": M, "size": size_class(M)}
 
-        def by_pixels(m: dict[str, int]) -> tuple[int, int]:
+        def by_pixels(m: Mapping[str, int]) -> tuple[int, int]:
             return blocks(M, m["BP"]), blocks(D, m["BC"])
 
         run(distance.centre_gradient, by_pixels, grad, given | of_pixels)
         rows, strides = phases(guidance, geometry)
-        block = min(channel_block(D), 32)
+        block = channel_block(D, 32)
         given |= {"BC": block, "size": size_class(rows)}
 
-        def by_owner(m: dict[str, int]) -> tuple[int, int]:
+        def by_owner(m: Mapping[str, int]) -> tuple[int, int]:
             return blocks(rows, m["BP"]) * strides, blocks(D, block)
 
         run(distance.guidance_gradient, by_owner, grad, given)

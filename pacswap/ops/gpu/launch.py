@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pacswap.ops.gpu import dense, depthwise
 from pacswap.ops.gpu.geometry import Geometry, empty, is_last
 from pacswap.ops.gpu.refusal import INTERPRETS
-from pacswap.ops.gpu.tuning import channel_block, precision, size_class
+from pacswap.ops.gpu.tuning import Grid, Program, channel_block, precision, size_class
 
 Given: TypeAlias = dict[str, Any]  # arguments of a Triton kernel by name
 
@@ -51,7 +51,7 @@ def pac_conv2d(
         programs, given = _call(input, kernel, CO, geometry, groups)
         each, side = (1, "BC") if programs is depthwise else (groups, "BO")
 
-        def grid(m: dict[str, int]) -> tuple[int]:
+        def grid(m: Mapping[str, int]) -> tuple[int]:
             return (blocks(M, m["BP"]) * each * blocks(CO // each, m[side]),)
 
         given |= {"w": _filters(weight, programs), "y": output, "M": M, "size": size_class(M)}
@@ -74,27 +74,27 @@ def pull(
     B, C, H, W = input.shape
     CO, each = weight.shape[0], 1 if _is_depthwise(input, groups) else groups
     grad_input = empty(input, (B, C, H, W) if want_input else (0, 0, 0, 0), True)
-    block = channel_block(C // each)
+    rows, strides = phases(input, geometry)
+    # Few large blocks would leave processors idle.
+    many = blocks(rows, 128) * strides * blocks(C, 128) >= 1.5 * _processors(input)
+    block = channel_block(C // each, 128 if many else 64)
     columns = each * blocks(C // each, block)
-    # Taps that see the border are nobody's: their gradient stays 0.
-    if not want_kernel:
-        shares = kernel.new_empty(0)
-    elif kernel.shape[1] > 1:
-        shares = torch.zeros_like(kernel, memory_format=torch.contiguous_format)
+    # Taps that see the border are nobody's: their gradient stays 0. Shares are summed in float32.
+    is_shared = want_kernel and kernel.shape[1] == 1 and columns > 1
+    if is_shared:
+        shares = kernel.new_zeros(columns, *kernel.shape, dtype=torch.float32)
     else:
-        shares = grad.new_zeros(columns, *kernel.shape, dtype=torch.float32)
+        shares = kernel.new_zeros(kernel.shape if want_kernel else (0,))
     if grad.numel() and input.numel():
         programs, given = _call(input, kernel, CO, geometry, groups)
-        rows, strides = phases(input, geometry)
         given |= {"WANT_INPUT": want_input, "WANT_KERNEL": want_kernel, "B": B, "BC": block}
         given |= {"dy": channels_last(grad), "w": _filters(weight, programs)}
         given |= {"dx": grad_input, "dk": shares, "size": size_class(rows)}
         run(programs.pull, lambda m: (blocks(rows, m["BP"]) * strides * columns,), grad, given)
     else:
         grad_input.zero_()
-    if want_kernel and kernel.shape[1] == 1:
-        shares = (shares[0] if columns == 1 else shares.sum(0)).to(kernel.dtype)
-    return grad_input if is_last(input) else grad_input.contiguous(), shares
+    grad_kernel = shares.sum(0).to(kernel.dtype) if is_shared else shares
+    return grad_input if is_last(input) else grad_input.contiguous(), grad_kernel
 
 
 @without_bfloat16
@@ -112,16 +112,18 @@ def weight_gradient(
     tiles = T * (blocks(CO, 16) if alone else groups * blocks(CG, 128) * blocks(OG, 128))
     chunk = blocks(M, _parts(input, tiles, M) * _CHUNK) * _CHUNK
     parts = blocks(M, chunk)
-    sums = grad.new_empty(parts, *((T, CO) if alone else (CO, T, CG)), dtype=torch.float32)
+    dtype = weight.dtype if parts == 1 else torch.float32
+    sums = grad.new_empty(parts, *((T, CO) if alone else (CO, T, CG)), dtype=dtype)
 
-    def grid(m: dict[str, int]) -> tuple[int, int]:
+    def grid(m: Mapping[str, int]) -> tuple[int, int]:
         if alone:
             return T * blocks(CO, m["BC"]), parts
         return T * groups * blocks(CG, m["BC"]) * blocks(OG, m["BO"]), parts
 
-    given |= {"dy": channels_last(grad), "dw": sums, "M": M, "CHUNK": chunk, "size": size_class(M)}
+    given |= {"dy": channels_last(grad), "dw": sums, "size": size_class(M)}
+    given |= {"M": M, "CHUNK": chunk} if alone else {"B": grad.shape[0], "PARTS": parts}
     run(programs.weight_gradient, grid, grad, given)
-    total = (sums[0] if parts == 1 else sums.sum(0)).to(weight.dtype)
+    total = sums[0] if parts == 1 else sums.sum(0).to(weight.dtype)
     found = total.T.reshape(weight.shape) if alone else total.unflatten(1, weight.shape[2:])
     found = found if alone else found.permute(0, 3, 1, 2)
     return found if is_last(weight) else found.contiguous()
@@ -143,17 +145,27 @@ def gradients(
     return [made if need else None for made, need in zip(found, needed, strict=True)]
 
 
-def run(
-    program: Any, grid: Callable[[dict[str, int]], tuple[int, ...]], on: Tensor, given: Given
-) -> None:
-    """Run a Triton kernel on the device of a tensor, with those of the arguments that it has."""
-    with torch.cuda.device_of(on):
-        program[grid](**{name: given[name] for name in program.arg_names if name in given})
+def run(program: Program, grid: Grid, on: Tensor, given: Given) -> None:
+    """Run a Triton kernel on the device of a tensor."""
+    if not on.is_cuda or on.device.index == torch.cuda.current_device():
+        program(grid, given, on)
+    else:
+        with torch.cuda.device_of(on):
+            program(grid, given, on)
 
 
 def blocks(length: int, block: int) -> int:
     """How many blocks cover a length."""
     return (length + block - 1) // block
+
+
+def power_of_two(number: int) -> int:
+    """The largest that divides a number, up to the largest block.
+
+    >>> power_of_two(96), power_of_two(2048)
+    (32, 256)
+    """
+    return min(number & -number, 256)
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -175,7 +187,11 @@ def _call(
     given |= {"x": channels_last(input), "k": kernel.contiguous()}
     if _is_depthwise(input, groups):
         return depthwise, given
-    return dense, given | {"G": groups, "PRECISION": precision()}
+    divisors = {
+        "CF": power_of_two(input.shape[1] // groups),
+        "OF": power_of_two(out_channels // groups),
+    }
+    return dense, given | divisors | {"G": groups, "PRECISION": precision()}
 
 
 def _is_depthwise(input: Tensor, groups: int) -> bool:
@@ -195,10 +211,14 @@ def phases(image: Tensor, geometry: Geometry) -> tuple[int, int]:
     return B * blocks(H, geometry.SH) * blocks(W, geometry.SW), geometry.SH * geometry.SW
 
 
+def _processors(input: Tensor) -> int:
+    """Of the device; 1 under the interpreter."""
+    if not input.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(input.device).multi_processor_count
+
+
 def _parts(input: Tensor, tiles: int, pixels: int) -> int:
     """Into how many parts the pixels are split so that the device is busy."""
-    processors = 1
-    if input.is_cuda:
-        processors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    wanted = blocks(_PROGRAMS_EACH * processors, tiles)
+    wanted = blocks(_PROGRAMS_EACH * _processors(input), tiles)
     return max(1, min(wanted, blocks(pixels, _CHUNK)))

@@ -45,15 +45,58 @@ def inside(y, x, H, W):
 
 
 @triton.jit
+def inside_bits(first, side, taps: tl.constexpr, dilation: tl.constexpr):
+    """Bit t says whether first + t·dilation, on one axis, is on the image: up to 63 taps."""
+    bits = first.to(tl.int64 if taps > 31 else tl.int32) * 0
+    for t in tl.static_range(taps):
+        place = first + t * dilation
+        bits |= ((place >= 0) & (place < side)).to(bits.dtype) << t
+    return bits
+
+
+@triton.jit
+def reached_bits(
+    n, place, side, taps: tl.constexpr, stride: tl.constexpr, dilation: tl.constexpr
+):  # fmt: skip
+    """Bit t says whether an output's tap t, of those that `reaching` counts, sees the place.
+
+    The place is `n` strides after `place`; `side` is the outputs' number on this axis.
+    """
+    bits = n.to(tl.int64 if taps > 31 else tl.int32) * 0
+    for t in tl.static_range(taps):
+        output = n + (place - t * dilation) // stride
+        bits |= ((output >= 0) & (output < side)).to(bits.dtype) << t
+    return bits
+
+
+@triton.jit
+def sees_at_once(rows, columns, KH: tl.constexpr, KW: tl.constexpr):
+    """Bits of all taps from those of both axes, or those of the rows where there are too many."""
+    bits = rows
+    if KH * KW < 64:
+        bits = rows.to(tl.int64 if KH * KW > 31 else tl.int32) * 0
+        for t in tl.static_range(KH * KW):
+            bits |= ((rows >> (t // KW)) & (columns >> (t % KW)) & 1).to(bits.dtype) << t
+    return bits
+
+
+@triton.jit
+def seen_at(bits, rows, columns, y, x, KH: tl.constexpr, KW: tl.constexpr):
+    """Whether the tap (y, x) is on the image: `bits` of `sees_at_once`, and those of both axes."""
+    bits = bits >> (y * KW + x) if KH * KW < 64 else (rows >> y) & (columns >> x)
+    return bits & 1 != 0
+
+
+@triton.jit
 def reaching(place, taps: tl.constexpr, stride: tl.constexpr, dilation: tl.constexpr):
     """(first, step, count) of the taps that see a place on one axis, counted from its border on.
 
     Tap t of the output n sees n·stride + t·dilation.
     """
-    first, second, count = 0, 0, 0
+    first, second, count = place * 0, place * 0, place * 0
     for t in tl.static_range(taps):
         hit = (place - t * dilation) % stride == 0
         first = tl.where(hit & (count == 0), t, first)
         second = tl.where(hit & (count == 1), t, second)
         count += tl.where(hit, 1, 0)
-    return first, second - first, count
+    return first, tl.where(count > 1, second - first, 1), count

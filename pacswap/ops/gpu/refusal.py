@@ -16,6 +16,7 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_TAPS = 63  # on each axis: a bit of 64 each
 # Pixels are counted in int32 by the programs; room for what the last blocks and parts hang over.
 MOST_PIXELS = 2**31 - 2**20
 
@@ -46,6 +47,9 @@ def why_not_triton(
         return f"the tensors are on {input.device.type}, not on a CUDA GPU"
     if input.is_cuda and torch.cuda.get_device_properties(input.device).major < 8:
         return "Triton's matrix products need a GPU of compute capability 8.0 or above"
+    is_dense = weight is not None and not 1 < groups == input.shape[1]
+    if is_dense and window is not None and max(window.kernel_size) > MOST_TAPS:
+        return f"its matrix products know windows of up to {MOST_TAPS} taps a side"
     B, _, *size = input.shape
     seen = size if window is None else window.output_size(*size)
     if B * max(math.prod(size), math.prod(seen)) > MOST_PIXELS:

@@ -4,58 +4,65 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 
 from pacswap.ops.gpu.refusal import INTERPRETS
 
-# Pixels, output channels, input channels of a block; warps; stages. The first fits every GPU.
+# Sides of a block (pixels, output and input channels; the last is summed over), warps, stages, and
+# registers of a thread where that lets two programs share a processor. Measured on an H100. The
+# first fits every GPU.
 PRODUCT = (
-    ({"BP": 64, "BO": 32, "BC": 32}, 4, 2),
-    ({"BP": 64, "BO": 64, "BC": 32}, 4, 3),
-    ({"BP": 128, "BO": 64, "BC": 32}, 4, 3),
-    ({"BP": 128, "BO": 128, "BC": 32}, 8, 3),
+    ({"BP": 64, "BO": 32, "BC": 32}, 4, 2, None),
+    ({"BP": 64, "BO": 64, "BC": 64}, 4, 4, None),
+    ({"BP": 64, "BO": 128, "BC": 64}, 4, 3, None),
+    ({"BP": 128, "BO": 128, "BC": 64}, 8, 3, None),
 )
 # The input channels of a block are the caller's: its buffer depends on them.
 PULL = (
-    ({"BP": 64, "BO": 32}, 4, 2),
-    ({"BP": 64, "BO": 64}, 4, 3),
-    ({"BP": 128, "BO": 32}, 8, 3),
+    ({"BP": 64, "BO": 32}, 4, 2, None),
+    ({"BP": 64, "BO": 64}, 4, 4, None),
+    ({"BP": 128, "BO": 64}, 8, 3, None),
 )
 WEIGHT = (
-    ({"BP": 32, "BO": 32, "BC": 32}, 4, 2),
-    ({"BP": 64, "BO": 64, "BC": 64}, 4, 2),
-    ({"BP": 32, "BO": 128, "BC": 64}, 8, 3),
+    ({"BO": 32, "BC": 32, "BP": 32}, 4, 2, None),
+    ({"BO": 64, "BC": 64, "BP": 64}, 4, 3, None),
+    ({"BO": 128, "BC": 128, "BP": 64}, 8, 3, 128),
+    ({"BO": 128, "BC": 256, "BP": 64}, 8, 3, None),
 )
 # Without a matrix product: pixels and channels of a block.
 POINTWISE = (
-    ({"BP": 64, "BC": 16}, 4, 1),
-    ({"BP": 256, "BC": 4}, 4, 1),
-    ({"BP": 16, "BC": 64}, 4, 1),
+    ({"BP": 64, "BC": 16}, 4, 1, None),
+    ({"BP": 256, "BC": 4}, 4, 1, None),
+    ({"BP": 16, "BC": 64}, 4, 1, None),
 )
-PIXELWISE = (({"BP": 64}, 4, 1), ({"BP": 128}, 4, 1), ({"BP": 256}, 8, 1))
+PIXELWISE = (({"BP": 64}, 4, 1, None), ({"BP": 128}, 4, 1, None), ({"BP": 256}, 8, 1, None))
 # Small, so that tests see partial blocks, and large, for each costs the interpreter milliseconds.
 _INTERPRETED = {"BP": 128, "BO": 16, "BC": 16}
 
-_KEY = (
-    *("size", "C", "CO", "KH", "KW", "SH", "SW", "G"),
-    *("EACH", "PRECISION"),
-)
+_KEY = ("size", "C", "CO", "KH", "KW", "SH", "SW", "G", "BC", "EACH", "PRECISION")
+
+
+# Divided by 16 or not: nothing is faster for it, and each would be compiled anew.
+_COUNTS = ["M", "CHUNK", "B", "PARTS", "H", "W", "HO", "WO", "TOP", "LEFT", "size"]
+
+
+Grid: TypeAlias = Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
 def tuned(
-    choices: Iterable[tuple[Mapping[str, int], int, int]],
-) -> Callable[[Any], Any]:
-    """Decorate a `triton.jit` function: measured once per `_KEY`, on disk where Triton can.
+    choices: Iterable[tuple[Mapping[str, int], int, int, int | None]],
+) -> Callable[[Any], Program]:
+    """Make a function a Triton kernel: measured once per `_KEY`, on disk where Triton can.
 
     Args:
-        choices: (block sides, warps, stages), the first of which fits every GPU.
+        choices: as above.
     """
     configs = [
-        triton.Config(dict(sides), num_warps=warps, num_stages=stages)
-        for sides, warps, stages in choices
+        triton.Config(dict(sides), num_warps=warps, num_stages=stages, maxnreg=registers)
+        for sides, warps, stages, registers in choices
     ]
     if INTERPRETS:
         sides = {name: _INTERPRETED[name] for name in configs[0].kwargs}
@@ -64,23 +71,78 @@ def tuned(
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True
 
-    def decorate(function: Any) -> Any:
-        known = [name for name in _KEY if name in function.arg_names]
-        return triton.autotune(configs=configs, key=known, **options)(function)
+    def decorate(function: Any) -> Program:
+        names = list(inspect.signature(function).parameters)
+        known = [name for name in _KEY if name in names]
+        compiled = triton.jit(function, do_not_specialize=_COUNTS)
+        return Program(
+            names, known, triton.autotune(configs=configs, key=known, **options)(compiled)
+        )
 
     return decorate
 
 
+class Program:
+    """A Triton kernel with its configurations.
+
+    Attributes:
+        configs: to choose from.
+        function: the compiled function.
+    """
+
+    def __init__(self, names: list[str], keys: list[str], tuner: Any) -> None:
+        self._names, self._keys, self._tuner = names, keys, tuner
+        self.configs: list[Any] = tuner.configs
+        self.function = tuner.fn
+        self._fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def __call__(self, grid: Grid, given: Mapping[str, Any], on: torch.Tensor) -> None:
+        """Run it with those of the arguments that it has, on the device of a tensor.
+
+        The choice is remembered here: Triton takes as long to look it up as small layers run.
+        """
+        arguments = {name: given[name] for name in self._names if name in given}
+        if len(self.configs) == 1:
+            self.function[grid](**arguments, **self.configs[0].all_kwargs())
+            return
+        key = (on.dtype, on.device, *(arguments[name] for name in self._keys))
+        if key not in self._fastest:
+            self._tuner[grid](**arguments)
+            self._fastest[key] = self._tuner.best_config.all_kwargs()
+        else:
+            self.function[grid](**arguments, **self._fastest[key])
+
+
 def _fitting(configs: list[Any], named: Mapping[str, Any], **kwargs: Any) -> list[Any]:
-    """The configurations whose blocks are not mostly empty; the first in any case."""
+    """The configurations whose blocks are not mostly empty and fit; the first in any case."""
     given = {**named, **kwargs}
+    tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
     groups = given.get("G", 1)
     channels = {"BO": given.get("CO", 1) // groups, "BC": given.get("C", 1) // groups}
     return [
         config
         for i, config in enumerate(configs)
-        if i == 0 or all(config.kwargs.get(n, 1) < 2 * max(c, 16) for n, c in channels.items())
+        if i == 0
+        or (
+            all(config.kwargs.get(n, 1) < 2 * max(c, 16) for n, c in channels.items())
+            and _shared_bytes(config, given, tensors[0].element_size()) <= _most_shared(tensors[0])
+        )
     ]
+
+
+def _shared_bytes(config: Any, given: Mapping[str, Any], size: int) -> int:
+    """Of the two factors of a matrix product, in as many copies as there are stages."""
+    sides = {name: given[name] for name in ("BC",) if name in given} | config.kwargs
+    summed = next(reversed(config.kwargs.values()))
+    return int(size * config.num_stages * summed * (sum(sides.values()) - summed))
+
+
+def _most_shared(tensor: torch.Tensor) -> int:
+    """Bytes of shared memory that a program may have; those of an A100 where torch cannot tell."""
+    if not tensor.is_cuda:
+        return 163 << 10
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 163 << 10))
 
 
 def size_class(pixels: int) -> int:
@@ -93,7 +155,10 @@ def size_class(pixels: int) -> int:
 
 
 def precision() -> str:
-    """How float32 products are made: `tf32` if torch's matrix products may, else `ieee`.
+    """How float32 products are made: `tf32` if torch's matrix products may, else `tf32x3`.
+
+    The latter is as exact as float32: three products of TF32 numbers, at half the time of one that
+    does without tensor cores.
 
     torch allows TF32 in cuDNN's convolutions from the start, in matrix products only when asked.
     The other backends compute PAC by matrix products, so their switch is ours.
@@ -102,9 +167,9 @@ def precision() -> str:
     # From torch 2.9 on the old name raises where a program has used the new one.
     asked = getattr(matmul, "fp32_precision", None)
     allowed = matmul.allow_tf32 if asked is None else asked == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if allowed else "tf32x3"
 
 
-def channel_block(channels: int) -> int:
+def channel_block(channels: int, most: int) -> int:
     """How many input channels a program takes at once where the caller must know it."""
-    return 16 if INTERPRETS else min(128, max(16, triton.next_power_of_2(channels)))
+    return 16 if INTERPRETS else min(most, max(16, triton.next_power_of_2(channels)))
