@@ -105,4 +105,4 @@ def _two(given: Tensor, batch: int) -> Tensor:
     """Zeros like an argument, for two images."""
     shape = (2, *given.shape[1:]) if given.shape[:1] == (batch,) else given.shape
     dtype = torch.float64 if given.is_floating_point() else given.dtype
-    return torch.zeros(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device="cpu")

@@ -242,7 +242,7 @@ def relayed(
         if relay.takes(root, image):
             frame.give("input", image)
     if relay.has("external") and external is not None:
-        frame.give("external", external)
+        frame.give("external", required_guidance(external, enabled=True))
     local.frames.append(frame)
     try:
         if own is None:
