@@ -288,7 +288,7 @@ def test_forward_derivatives_are_not_lost():
         tangent = torch.autograd.forward_ad.unpack_dual(found).tangent
         ones = torch.ones_like(given["input"])
         expected = torch.nn.functional.conv2d(ones, given["weight"], padding=1)
-        assert_all_close64([tangent], [expected])
+        assert_all_close64({"tangent": tangent}, {"tangent": expected})
         with pytest.raises(BackendError, match="opaque to forward-mode differentiation"):
             ops.pac_conv2d(dual, kernel, given["weight"], padding=1, backend="loops")
 
