@@ -16,12 +16,23 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.query = nn.Conv2d(channels, channels, 1)
         self.pool = nn.Conv2d(channels // num_heads, channels // num_heads, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        heads = x.reshape(B * self.num_heads, C // self.num_heads, H, W)
+        heads = self.query(x).reshape(B * self.num_heads, C // self.num_heads, H, W)
         return self.pool(heads).reshape(B, C, H, W)
+
+
+class HeadsFirst(Attention):
+    """As many maps, but the first heads of all images come before the second ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        heads = self.query(x).reshape(B, self.num_heads, C // self.num_heads, H, W)
+        made = self.pool(heads.transpose(0, 1).flatten(0, 1))
+        return made.reshape(self.num_heads, B, -1, H, W).transpose(0, 1).reshape(B, C, H, W)
 
 
 class Windows(nn.Module):
@@ -30,7 +41,10 @@ class Windows(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.num_heads = 4
-        self.attention = Attention(channels, 1)
+        self.attention = self.inner(channels)
+
+    def inner(self, channels: int) -> nn.Module:
+        return Attention(channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -38,6 +52,13 @@ class Windows(nn.Module):
         made = self.attention(cut.reshape(B * 4, C, H // 2, W // 2))
         whole = made.reshape(B, 2, 2, C, H // 2, W // 2).permute(0, 3, 1, 4, 2, 5)
         return whole.reshape(B, C, H, W)
+
+
+class OwnWindows(Windows):
+    """Cuts them itself, as torchvision's Swin does, and has as many heads as windows."""
+
+    def inner(self, channels: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
 
 
 class Network(nn.Module):
@@ -82,12 +103,46 @@ def test_it_learns_is_saved_and_undone(tmp_path):
     assert type(back.part.pool) is nn.Conv2d and not hasattr(back.part.pool, "heads")
 
 
-def test_windows_are_no_heads():
-    """Though a module further out has as many heads as there are windows."""
+@pytest.mark.parametrize(
+    ("part", "layer"),
+    [
+        (Windows(8), "part.attention.pool"),  # a module further out has as many heads as windows
+        (OwnWindows(8), "part.attention.0"),
+        (HeadsFirst(8, 4), "part.pool"),
+    ],
+    ids=["windows", "own-windows", "heads-first"],
+)
+def test_other_maps_are_no_heads(part: nn.Module, layer: str):
     with pytest.raises(PlanError) as raised:
-        upgraded(Windows(8), "part.attention.pool")
+        upgraded(part, layer)
     assert str(raised.value) == (
-        "cannot upgrade Network: guidance: cannot feed 'part.attention.pool' from 'stem': it "
+        f"cannot upgrade Network: guidance: cannot feed '{layer}' from 'stem': it "
         "filters 8 maps where the guidance has 2. It runs on regions or windows of the image, or "
         "on several images at once; name a guidance that runs on the same ones."
     )
+
+
+class Videos(nn.Module):
+    """One clip as the example: only the mark's own two tell what belongs to which."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.part = nn.Conv3d(3, 8, 3, padding=1), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.stem(x).relu().mean(2))
+
+
+def test_one_clip_tells_heads_from_their_order():
+    clip = torch.rand(1, 3, 4, 16, 16)
+    model = pacswap.swap(Videos(Attention(8, 4)), "part.pool", "part.query", example_input=clip)
+    assert model.part.pool.heads == 4
+    with pytest.raises(PlanError, match="it filters 4 maps where the guidance has 1"):
+        pacswap.plan(Videos(HeadsFirst(8, 4)), "part.pool", "part.query", example_input=clip)
+
+
+def test_a_network_without_values_has_heads_too():
+    with torch.device("meta"):
+        network = Network(Attention(8, 4))
+    plan = pacswap.plan(network, "part.pool", "stem", example_input=torch.rand(1, 3, 16, 16))
+    assert plan.layers[0].heads == 4

@@ -278,14 +278,19 @@ def test_inference_mode():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-def test_forward_derivatives_are_refused_and_not_lost():
+def test_forward_derivatives_are_not_lost():
     case = CASES["3x3_p1"]
     given = case.tensors()
     kernel = torch.ones(2, 1, 9, 7, 8, dtype=torch.float64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(given["input"], torch.ones_like(given["input"]))
-        with pytest.raises(RuntimeError, match="forward mode AD"):
-            ops.pac_conv2d(dual, kernel, given["weight"], padding=1)
+        found = ops.pac_conv2d(dual, kernel, given["weight"], padding=1)
+        tangent = torch.autograd.forward_ad.unpack_dual(found).tangent
+        ones = torch.ones_like(given["input"])
+        expected = torch.nn.functional.conv2d(ones, given["weight"], padding=1)
+        assert_all_close64({"tangent": tangent}, {"tangent": expected})
+        with pytest.raises(BackendError, match="opaque to forward-mode differentiation"):
+            ops.pac_conv2d(dual, kernel, given["weight"], padding=1, backend="loops")
 
 
 FEWER = """

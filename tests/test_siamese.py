@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import models as m
@@ -35,6 +36,12 @@ class Siamese(nn.Module):
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         return self.last(self.encoder(one) - self.encoder(other))
+
+
+def listed() -> nn.Sequential:
+    body = m.Body()
+    parts = {"stem": body.stem, "norm": body.norm, "relu": nn.ReLU(), "target": body.target}
+    return nn.Sequential(OrderedDict(parts))
 
 
 class Normalised(Siamese):
@@ -91,7 +98,7 @@ def seeded(cls: type[nn.Module], *args: Any) -> nn.Module:
     return cls(*args)
 
 
-@pytest.mark.parametrize("body", [m.Body, Looking], ids=["graph", "relay"])
+@pytest.mark.parametrize("body", [m.Body, Looking, listed], ids=["graph", "relay", "list"])
 @pytest.mark.parametrize("guidance", ["input", "input+position", ["input", "encoder.stem"]])
 def test_each_call_is_guided_by_its_own_image(body: type[nn.Module], guidance: Any) -> None:
     model = swapped(seeded(Siamese, body), guidance=guidance)

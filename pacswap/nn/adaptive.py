@@ -13,6 +13,7 @@ from pacswap.errors import GuidanceError
 from pacswap.nn.guidance import Like
 from pacswap.nn.kernel import AdaptingKernel, KernelOptions
 from pacswap.nn.recompute import recomputed
+from pacswap.ops.transforms import is_transformed
 
 MASKED = "a mask enters where K is made. Call the layer as layer(input, guidance, mask=…)."
 
@@ -191,8 +192,8 @@ class Adaptive:
         return recomputed(function, *args) if self.recompute else function(*args)
 
     def _is_readable(self) -> bool:
-        """Whether looking at the blend's value costs nothing."""
-        if self.blend.device.type != "cpu" or torch.compiler.is_compiling():
+        """Whether looking at the blend's value costs nothing, and says all that there is."""
+        if self.blend.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
             return False
         return type(self.blend) in (nn.Parameter, Tensor)
 

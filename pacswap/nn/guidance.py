@@ -264,8 +264,10 @@ def why_not_project(in_channels: int | None, channels: int | None) -> str | None
 
 def _orthogonal(rows: int, columns: int) -> Tensor:
     """A fixed random matrix with orthonormal rows or columns."""
-    generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
+    # On the CPU whatever torch's default device is: the same numbers everywhere.
+    shape = (max(rows, columns), min(rows, columns))
+    generator = torch.Generator("cpu").manual_seed(0)
+    gaussian = torch.randn(shape, generator=generator, device="cpu")
     basis = torch.linalg.qr(gaussian)[0]
     return basis if rows >= columns else basis.T.contiguous()
 

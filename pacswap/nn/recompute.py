@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pacswap.errors import GuidanceError
+from pacswap.ops.transforms import is_transformed
 
 T = TypeVar("T")
 
@@ -20,8 +21,9 @@ _exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", 
 def recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
     """`function(*args)`, of which the arguments are kept for the backward pass and no more.
 
-    The rest is computed again there, under the same autocast. Where no gradient is asked for, and
-    in an export, which has no backward pass, the function is just called.
+    The rest is computed again there, under the same autocast. Where no gradient is asked for, in an
+    export, which has no backward pass, and under torch.func, which keeps what it wants, the
+    function is just called.
 
     Args:
         function: of tensors and whatever it holds itself; nothing in it is random.
@@ -30,7 +32,7 @@ def recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
     Raises:
         GuidanceError: in the backward pass, if an argument was overwritten in place since.
     """
-    if not torch.is_grad_enabled() or _is_exported():
+    if not torch.is_grad_enabled() or _is_exported() or is_transformed():
         return function(*args)
     call = function if torch.compiler.is_compiling() else _guarded(function, args)
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)

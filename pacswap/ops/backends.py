@@ -16,6 +16,7 @@ from pacswap.ops import eager, reference, taps
 from pacswap.ops.gpu.refusal import why_not_here, why_not_triton
 from pacswap.ops.measure import Measure
 from pacswap.ops.tiles import forward_cost
+from pacswap.ops.transforms import is_forward, is_transformed
 from pacswap.ops.window import Window
 
 Backend: TypeAlias = Literal["auto", "reference", "taps", "eager", "loops", "triton"]
@@ -61,7 +62,7 @@ def why_not(backend: str, task: Task | None = None) -> str | None:
 def _why_not_eager(task: Task | None) -> str | None:
     if torch.compiler.is_compiling():
         return "its hand-written backward is opaque to torch.compile and torch.export"
-    return None
+    return _why_transformed("its hand-written backward is")
 
 
 def _why_not_loops(task: Task | None) -> str | None:
@@ -69,8 +70,9 @@ def _why_not_loops(task: Task | None) -> str | None:
         return "its loops are opaque to torch.compile and torch.export"
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return "its loops are opaque to what traces or watches torch's operations now"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "its loops are opaque to torch.func"
+    refusal = _why_transformed("its loops are")
+    if refusal is not None:
+        return refusal
     for tensor in () if task is None else task.tensors:
         if tensor.device.type != "cpu":
             return f"its loops run on a CPU, and the tensors are on {tensor.device}"
@@ -96,11 +98,20 @@ def _why_no_numba() -> str | None:
     return None
 
 
+def _why_transformed(what: str) -> str | None:
+    if not is_transformed():
+        return None
+    return f"{what} opaque to " + ("forward-mode differentiation" if is_forward() else "torch.func")
+
+
 def _why_not_triton(task: Task | None) -> str | None:
     if task is None:
-        return why_not_here()
-    input, *others = task.tensors
-    return why_not_triton(input, others[-1] if others else None, task.window, task.groups)
+        refusal = why_not_here()
+    else:
+        input, *others = task.tensors
+        weight = others[-1] if others else None
+        refusal = why_not_triton(input, weight, task.window, task.groups)
+    return refusal or _why_transformed("its programs are")
 
 
 _REFUSALS: dict[str, Callable[[Task | None], str | None]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pacswap.errors import ShapeError
-from pacswap.ops import eager, volume
+from pacswap.ops import eager, taps, volume
 from pacswap.ops.backends import Backend, Task, choose, why_not
 from pacswap.ops.dimensions import (
     AnyWindow,
@@ -18,6 +18,7 @@ from pacswap.ops.dimensions import (
     axes_of,
 )
 from pacswap.ops.precision import autocast_to, check_floating
+from pacswap.ops.transforms import is_transformed
 from pacswap.ops.window import Padding, Size2, Window
 
 SIDES = {1: ("K",), 2: ("KH", "KW"), 3: ("KT", "KH", "KW")}
@@ -242,6 +243,8 @@ def _of_gradients(task: Task) -> ModuleType:
         for name in ("triton", "loops"):
             if why_not(name, task) is None:
                 return choose(name, task)
+        if is_transformed():
+            return taps
     return eager
 
 

@@ -1,7 +1,7 @@
 """Backward passes by hand, which keep the input, the kernel and the weight only.
 
-An engine (`eager`, `loops`) computes; here is what autograd is told. A second derivative goes
-through `taps`.
+An engine (`eager`, `loops`) computes; here is what autograd is told. A second derivative, and one
+for many gradients at once, goes through `taps`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pacswap.ops import taps
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import differentiable_vjp
+from pacswap.ops.transforms import is_batched
 from pacswap.ops.window import Window
 
 
@@ -109,8 +109,6 @@ def attach_kernel_gradient(
 
 def _learns(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know: it takes longer than a small layer."""
-    if forward_ad._current_level >= 0:
-        return True  # let autograd say that there is no forward mode
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -138,7 +136,7 @@ class _TapDistance(torch.autograd.Function):
         centre = centres[0] if centres else None
         window, options = ctx.window, (ctx.measure, ctx.channel_wise)
         results: Any
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad):
             results = differentiable_vjp(
                 lambda f, c: taps.tap_distance(f, c, window, *options),
                 (guidance, centre),
@@ -170,7 +168,7 @@ class _PacConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad):
             grads = differentiable_vjp(
                 lambda x, k, w: taps.pac_conv2d(x, k, w, None, ctx.window, ctx.groups),
                 inputs,
@@ -206,7 +204,7 @@ class _KernelGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad):
             # y = conv(v) + Σ (K−1)·W·v: at K = 1 the sum is 0, its mixed second derivatives are
             # not.
             grads = differentiable_vjp(

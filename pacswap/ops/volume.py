@@ -15,6 +15,7 @@ from torch import Tensor
 from pacswap.ops.dimensions import VolumeWindow
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import compute_dtype
+from pacswap.ops.transforms import is_transformed
 
 
 def tap_distance(
@@ -128,7 +129,11 @@ def _factors(kernel: Tensor, window: VolumeWindow) -> Iterator[Tensor]:
 def _volume(frames: Tensor, T_out: int, *, like: Tensor) -> Tensor:
     """[T_out*B, C, H, W] to [B, C, T_out, H, W], in the memory format of `like` [B, …]."""
     volume = frames.unflatten(0, (T_out, like.shape[0])).permute(1, 2, 0, 3, 4)
-    last = like.is_contiguous(memory_format=torch.channels_last_3d) and not like.is_contiguous()
+    last = (
+        not is_transformed()  # vmap knows no other format
+        and like.is_contiguous(memory_format=torch.channels_last_3d)
+        and not like.is_contiguous()
+    )
     # Models that call `.view` on a convolution's output rely on this.
     return volume.contiguous(
         memory_format=torch.channels_last_3d if last else torch.contiguous_format

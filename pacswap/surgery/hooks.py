@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pacswap.ops.transforms import is_transformed
 from pacswap.surgery.modes import keeps_otherwise
 from pacswap.surgery.relay import TAG, Frame, current, is_backward, local, storage_key
 
@@ -44,6 +45,8 @@ class Resume:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Tie the frame to the input, or open the one that is tied to it."""
         if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+            return
+        if is_transformed():  # which has no checkpointing
             return
         frame, input = current(), args[0]
         if frame is None:

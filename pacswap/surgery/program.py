@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from pacswap.errors import GuidanceError
 from pacswap.nn.made import made_class
 from pacswap.surgery.hooks import is_hooked
 from pacswap.surgery.relay import Relay, graphed, relayed
@@ -138,6 +139,8 @@ class Program:
         args, kwargs = self._named(args, kwargs)
         function = self.train if module.training else self.evaluate
         if function is not None and (self.relay is None or self._is_right(module, args, kwargs)):
+            if self.relay is None:
+                self._refuse_hooks(module)
             return graphed(module, function, args, kwargs)
         return self.hand_on(module, original, args, kwargs)
 
@@ -178,9 +181,7 @@ class Program:
             training = module.training
             if any(module.get_submodule(name).training != training for name in needs.one_mode):
                 return False
-        if not torch.compiler.is_compiling() and any(
-            is_hooked(module.get_submodule(name)) for name in needs.entered
-        ):
+        if self._hooked(module) is not None:
             return False  # it would not be called, nor its hooks
         extra = args[needs.required :]
         if not extra and not kwargs:
@@ -191,6 +192,28 @@ class Program:
             return False
         asked = [*zip(names, extra, strict=False), *kwargs.items()]
         return all(is_default(value, needs.defaults, name) for name, value in asked)
+
+    def _hooked(self, module: nn.Module) -> str | None:
+        """A module that dissolved into the graph and that somebody has hooked since."""
+        if torch.compiler.is_compiling():
+            return None
+        entered = self.needs.entered
+        return next((name for name in entered if is_hooked(module.get_submodule(name))), None)
+
+    def _refuse_hooks(self, module: nn.Module) -> None:
+        """Refuse a hook that would not run, where no relay can do without the graph.
+
+        Raises:
+            GuidanceError: a module has one that dissolved into the graph.
+        """
+        name = self._hooked(module)
+        if name is not None:
+            raise GuidanceError(
+                f"'{name}' was hooked after the swap, and its call dissolved into the graph that "
+                "feeds the pixel-adaptive layers, so that the hook would not run. Remove the hook, "
+                "hook a layer inside it, or swap with a layer as the guidance instead of a node of "
+                "the trace."
+            )
 
     def __copy__(self) -> Program:
         return self

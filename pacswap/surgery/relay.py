@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from pacswap.errors import GuidanceError
 from pacswap.nn import resize_guidance, size_of
 from pacswap.nn.guidance import Like, same_size
+from pacswap.ops.transforms import is_transformed
 from pacswap.surgery.modes import recomputed_whole
 from pacswap.surgery.runtime import needed, required_guidance
 from pacswap.surgery.spec import Resize
@@ -232,7 +233,7 @@ def relayed(
     learns = torch.is_grad_enabled()
     frame = Frame(root, relay, learns=learns)
     own = None
-    if learns and not torch.compiler.is_compiling():
+    if learns and not torch.compiler.is_compiling() and not is_transformed():
         own = _Own()
         args, kwargs = pytree.tree_map_only(Tensor, own.view, (args, kwargs))
         frame.given = {storage_key(t) for t in pytree.tree_leaves((args, kwargs))}
@@ -241,7 +242,7 @@ def relayed(
         if relay.takes(root, image):
             frame.give("input", image)
     if relay.has("external") and external is not None:
-        frame.give("external", external)
+        frame.give("external", required_guidance(external, enabled=True))
     local.frames.append(frame)
     try:
         if own is None:

@@ -32,12 +32,19 @@ def required_guidance(guidance: Any, enabled: bool) -> Any:
     """Refuse a call without the external guidance, unless `pacswap.disabled` has no use for one.
 
     Raises:
-        GuidanceError: it is None.
+        GuidanceError: it is None, or no tensor of floating-point numbers.
     """
     if guidance is None and enabled:
         raise GuidanceError(
             "this network was upgraded with an external guidance and was called without one. "
             "Call it as model(input, guidance=features)."
+        )
+    if enabled and not (isinstance(guidance, Tensor) and guidance.is_floating_point()):
+        is_tensor = isinstance(guidance, Tensor)
+        what = f"a tensor of {guidance.dtype}" if is_tensor else f"a {type(guidance).__name__}"
+        raise GuidanceError(
+            "the external guidance must be a tensor of floating-point numbers [B, D, H, W], got "
+            f"{what}."
         )
     return guidance
 

@@ -85,10 +85,11 @@ class ScopeFinder:
             seen = self.seen_train()  # an auxiliary head that rests in eval mode
         layer_calls = [call for name in members for call in _layer_calls(name, seen)]
         fed_by = [_guidance_calls(source, self.model, seen) for source in sources]
-        # A list of modules is often walked through instead of called, and what is put behind one of
-        # them would change its length.
-        avoided = {n for n, m in self.model.named_modules() if n and is_list(m)}
         shared = on_several_images(layer_calls) if "input" in sources else None
+        # A list of modules is often walked through instead of called, and what is put behind one of
+        # them would change its length. Nothing is put behind what runs on several images.
+        lists = {n for n, m in self.model.named_modules() if n and is_list(m)}
+        avoided = lists if shared is None else set()
         images = _image_entries(seen) if shared is None else own_image_entries(seen)
         entry = _deepest_common(layer_calls, fed_by, images, sources, avoided)
         if shared is not None and entry == ROOT:

@@ -114,6 +114,13 @@ def look(model: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Obse
 
 def _look_empty(bones: nn.Module, example_input: ExampleInput) -> tuple[nn.Module, Observation]:
     """As `look`, for a model without values that the meta device cannot run: it gets some."""
+    return bones, observe(filled(bones), example_input)
+
+
+def filled(bones: nn.Module) -> nn.Module:
+    """A skeleton itself, with values on the CPU if it has none."""
+    if not any(t.is_meta for t in (*bones.parameters(), *bones.buffers())):
+        return bones
     bones.to_empty(device="cpu")
     with torch.no_grad(), kept_random():
         torch.manual_seed(0)
@@ -121,7 +128,7 @@ def _look_empty(bones: nn.Module, example_input: ExampleInput) -> tuple[nn.Modul
             parameter.normal_(std=0.02)
         for name, buffer in bones.named_buffers():
             buffer.fill_(1 if name.endswith("running_var") else 0)
-    return bones, observe(bones, example_input)
+    return bones
 
 
 def check_example(example_input: object) -> None:

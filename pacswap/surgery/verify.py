@@ -235,11 +235,11 @@ def _backward(twin: nn.Module, args: tuple[Any, ...], extra: dict[str, Any]) -> 
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         output = twin(*_copied(args), **extra)
-        generator = torch.Generator().manual_seed(1)
-        total = torch.zeros((), dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(1)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for leaf in _floating(output):
             if leaf.requires_grad:
-                weights = torch.randn(leaf.shape, generator=generator).to(leaf)
+                weights = torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
                 total = total + (leaf * weights).mean().double().cpu()
         if total.requires_grad:
             total.backward()

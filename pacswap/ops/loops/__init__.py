@@ -94,7 +94,7 @@ def _raw(tensor: Tensor) -> Tensor:
     """The numbers themselves, in the dtype to compute in: no lazy sign, no zeros without memory."""
     wide = compute_dtype(tensor.dtype)
     if torch._is_zerotensor(tensor):
-        return torch.zeros(tensor.shape, dtype=wide)
+        return torch.zeros(tensor.shape, dtype=wide, device="cpu")
     return tensor.detach().to(wide).resolve_neg()
 
 
