@@ -32,7 +32,7 @@ from pacswap import ops
 from pacswap.errors import BackendError
 from pacswap.ops import backends, make_window, tiles
 from pacswap.ops.backends import Task
-from pacswap.ops.loops import dense, machine_planes, threads
+from pacswap.ops.loops import dense, machine_grouped, threads
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 
@@ -313,7 +313,7 @@ def test_all_is_computed_where_openmp_gives_fewer_threads(setting):
 def test_a_part_that_does_not_come_to_its_end_is_seen(monkeypatch):
     monkeypatch.setattr(threads, "_parallel", lambda: lambda *given: None)
     with pytest.raises(RuntimeError, match="0 of 2 parts of a compiled loop came to their end"):
-        threads.shared(machine_planes.depthwise, IMAGE, 2, 2, [0] * 8)
+        threads.shared(machine_grouped.grouped, IMAGE, 2, 2, [0] * 8)
 
 
 NO_MIRROR = {

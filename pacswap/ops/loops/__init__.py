@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pacswap.ops import handwritten
 from pacswap.ops.format import as_convolved, unpadded
-from pacswap.ops.loops import dense, depthwise, distance
+from pacswap.ops.loops import dense, distance, grouped
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
@@ -49,20 +49,20 @@ def distance_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Both ends of each difference."""
     image, plane = _with_border(_raw(guidance), window)
-    given = (None if centre is None else _raw(centre), _raw(grad))
+    given = (None if centre is None else _raw(centre), _raw(grad).contiguous())
     found, back = distance.gradients(image.contiguous(), *given, plane, square=measure == "square")
     found = _without_border(found, guidance, window).to(guidance.dtype)
     return found, None if back is None else back.to(guidance.dtype)
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
-    """Depthwise plane by plane, else by matrix products."""
+    """Groups of few channels plane by plane, else by matrix products."""
     K, W = (_raw(tensor).contiguous() for tensor in (kernel, weight))
     image, plane = _with_border(_raw(input), window)
     size = window.output_size(input.shape[-2], input.shape[-1])
     output = image.new_empty(input.shape[0], weight.shape[0], *size)
-    if weight.shape[1] == 1:
-        depthwise.convolve(image.contiguous(), K, W, output, plane)
+    if grouped.fits(weight, groups):
+        grouped.convolve(image.contiguous(), K, W, output, plane, groups)
     else:
         dense.convolve(image.contiguous(), K, W, output, plane, groups)
     return as_convolved(output.to(input.dtype), image, weight)
@@ -81,7 +81,7 @@ def gradients(
     image = image.contiguous()
     found: tuple[Tensor | None, ...]
     if W.shape[1] == 1:
-        found = depthwise.gradients(image, K, W, dY, plane)
+        found = grouped.depthwise_gradients(image, K, W, dY, plane)
     else:
         found = dense.gradients(image, K, W, dY, plane, groups, needed)
     grads = [None if g is None or not need else g for g, need in zip(found, needed, strict=True)]
