@@ -36,7 +36,7 @@ def distances(
     image, plane = _with_border(_raw(guidance), window)
     given = None if centre is None else _raw(centre)
     found = distance.distances(image.contiguous(), given, plane, square=measure == "square")
-    return found.to(guidance.dtype)
+    return found if found.dtype == guidance.dtype else found.to(guidance.dtype)
 
 
 def distance_gradients(
@@ -65,7 +65,8 @@ def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, grou
         grouped.convolve(image.contiguous(), K, W, output, plane, groups)
     else:
         dense.convolve(image.contiguous(), K, W, output, plane, groups)
-    return as_convolved(output.to(input.dtype), image, weight)
+    output = output if output.dtype == input.dtype else output.to(input.dtype)
+    return as_convolved(output, image, weight)
 
 
 def gradients(
@@ -95,7 +96,10 @@ def _raw(tensor: Tensor) -> Tensor:
     wide = compute_dtype(tensor.dtype)
     if torch._is_zerotensor(tensor):
         return torch.zeros(tensor.shape, dtype=wide)
-    return tensor.detach().to(wide).resolve_neg()
+    tensor = tensor.detach()
+    if tensor.dtype == wide and not tensor.is_neg():
+        return tensor
+    return tensor.to(wide).resolve_neg()
 
 
 def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:

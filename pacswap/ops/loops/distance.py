@@ -7,14 +7,20 @@ addresses is held by names here until they have come to their end.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from pacswap.ops.loops import machine_distance as machine
-from pacswap.ops.loops.planes import Layout, layout, whole
+from pacswap.ops.loops.planes import Layout, Plan, layout, whole
 from pacswap.ops.loops.threads import described, parts, shared
 from pacswap.ops.loops.vectors import lanes
 from pacswap.ops.window import Window
+
+_AT_ONCE = 4  # taps, and backward channels
+_VECTORS = 2  # that loops read at once, perhaps beyond what is computed
 
 
 def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square: bool) -> Tensor:
@@ -29,31 +35,53 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
     Returns:
         [B, 1, KH*KW, H_out, W_out].
     """
-    B, D, H, W = guidance.shape
-    if D == 0:
-        return guidance.new_zeros(B, 1, window.taps, *window.output_size(H, W))
-    halves = centre is None and _mirrors(window)
+    shape, dtype = tuple(guidance.shape), guidance.dtype
+    plan = planned(window, shape, dtype, centre is None, torch.get_num_threads())
+    output = guidance.new_empty(shape[0], 1, window.taps, *plan.lie.size)
+    if shape[1] == 0:
+        return output.zero_()
+    room = guidance.new_zeros(plan.threads, plan.room)
+    apart = None if centre is None else plan.lie.outputs(centre, _VECTORS * lanes(dtype))
+    given = (
+        guidance.data_ptr(), *shape, 0 if apart is None else apart.data_ptr(), output.data_ptr(),
+        shape[0], *output.shape[2:], *described(room), square, *plan.numbers,
+    )  # fmt: skip
+    shared(machine.distances, guidance, plan.units, plan.threads, given)
+    return output
+
+
+@lru_cache(maxsize=256)
+def planned(
+    window: Window, shape: tuple[int, ...], dtype: torch.dtype, is_own: bool, cores: int
+) -> Plan:
+    """The plan of `distances`.
+
+    Args:
+        window: its window.
+        shape: of its guidance.
+        dtype: of its guidance.
+        is_own: whether the centre is a tap's.
+        cores: that torch may use.
+    """
+    B, D, H, W = shape
+    halves = is_own and _mirrors(window)
     reach = window.dilation[0] * (window.kernel_size[0] // 2)
     # What is computed beyond a block to mirror it is lost: let it be a small part.
-    numbers = guidance.numel() * window.taps // (2 if halves else 1)
+    numbers = math.prod(shape) * window.taps // (2 if halves else 1)
     each = -(-parts(numbers, numbers) // max(1, B))
     least = 4 * reach if halves else 1
-    lie = layout(window, (H, W), numbers=D, least=least, blocks=each)
-    output = guidance.new_empty(B, window.taps, *lie.size)
-    blocks = B * -(-lie.size[0] // lie.rows)
-    threads = parts(blocks, numbers)
+    phases = math.prod(window.stride)
+    lie = layout(window, (H, W), numbers=D * phases, least=least, blocks=each)
+    count = B * -(-lie.size[0] // lie.rows)
     beyond = lie.offsets[window.centre] - lie.offsets[0] if halves else 0
-    wide = lanes(guidance.dtype)
-    stretch = lie.rows * lie.row + beyond + 2 * wide
-    room = guidance.new_zeros(threads, D * lie.stride + 2 * wide + 4 * stretch)
-    apart = None if centre is None else lie.outputs(centre, 2 * wide)
-    given = (
-        *described(guidance), 0 if apart is None else apart.data_ptr(), *described(output),
-        *described(room), stretch, wide, lie.stride, lie.rows,
-        window.centre if centre is None else -1, square, halves, lie.address, *lie.numbers,
+    wide = lanes(dtype)
+    stretch = lie.rows * lie.row + beyond + _VECTORS * wide
+    room = D * lie.stride + _VECTORS * wide + _AT_ONCE * stretch
+    told = (
+        stretch, wide, lie.stride, lie.rows, window.centre if is_own else -1, halves, lie.address,
+        *lie.numbers,
     )  # fmt: skip
-    shared(machine.distances, guidance, blocks, threads, given)
-    return output.unsqueeze(1)
+    return Plan(lie, count, parts(count, numbers), room, told)
 
 
 def gradients(
@@ -94,25 +122,26 @@ def gradients(
 def _mirrored_gradients(guidance: Tensor, grad: Tensor, lie: Layout, square: bool) -> Tensor:
     """For the features, where each tap has an opposite one; grad is [B, taps, H_out, W_out]."""
     B, D = guidance.shape[:2]
-    found, taps, wide = torch.zeros_like(guidance), lie.window.taps, lanes(guidance.dtype)
-    if taps == 1:
+    found, wide = torch.zeros_like(guidance), lanes(guidance.dtype)
+    others = lie.window.taps - 1
+    if others == 0:
         return found
-    pulls = guidance.new_zeros(B * (taps - 1) * lie.plane + 2 * wide)
+    pulls = guidance.new_zeros(B * others * lie.plane + _VECTORS * wide)
     given: tuple[int, ...] = (
-        *described(grad), pulls.data_ptr(), B * (taps - 1), lie.plane, lie.window.centre, lie.row,
+        *described(grad), pulls.data_ptr(), B * others, lie.plane, lie.window.centre, lie.row,
         lie.address,
     )  # fmt: skip
-    places = B * (taps - 1)
-    shared(machine.both_ends, guidance, places, parts(places, pulls.numel()), given)
-    blocks = B * -(-D // 4)
+    threads = parts(B * others, pulls.numel())
+    shared(machine.both_ends, guidance, B * others, threads, given)
+    blocks = B * -(-D // _AT_ONCE)
     threads = parts(blocks, grad.numel() * D)
-    moves = lie.from_centre
-    margin = int(moves.max())
-    plane = lie.stride + margin
-    room = guidance.new_zeros(threads, margin + 4 * plane + 2 * wide + 4 * (lie.plane + 2 * wide))
+    plane = lie.stride + lie.farthest
+    stretch = lie.plane + _VECTORS * wide
+    size = lie.farthest + _AT_ONCE * plane + _VECTORS * wide + _AT_ONCE * stretch
+    room = guidance.new_zeros(threads, size)
     given = (
-        *described(guidance), pulls.data_ptr(), taps - 1, *described(found), *described(room),
-        wide, margin, plane, lie.plane, square, moves.ctypes.data, *lie.numbers,
+        *described(guidance), pulls.data_ptr(), others, *described(found), *described(room),
+        wide, lie.farthest, plane, lie.plane, square, lie.address_from_centre, *lie.numbers,
     )  # fmt: skip
     shared(machine.mirrored_gradients, guidance, blocks, threads, given)
     return found

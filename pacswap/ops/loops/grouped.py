@@ -5,12 +5,14 @@ What the loops read by raw addresses is held by names here until they have come 
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pacswap.ops.loops import machine_grouped as machine
-from pacswap.ops.loops.planes import Layout, layout
+from pacswap.ops.loops.planes import Plan, layout
 from pacswap.ops.loops.threads import described, parts, shared
 from pacswap.ops.loops.vectors import lanes
 from pacswap.ops.window import Window
@@ -22,7 +24,7 @@ _NARROW = 32
 
 def fits(weight: Tensor, groups: int) -> bool:
     """Whether a convolution with that weight, [C_out, C_in/groups, KH, KW], is one for here."""
-    return weight.shape[1] == 1 or (groups > 1 and weight.shape[1] <= _NARROW)
+    return weight.shape[1] == 1 or (groups > 1 and 1 < weight.shape[1] <= _NARROW)
 
 
 def convolve(
@@ -38,23 +40,51 @@ def convolve(
         window: the geometry, with a border of zeros.
         groups: of channels.
     """
-    C_in, C_out, each = image.shape[1], weight.shape[0], weight.shape[1]
+    plan = planned(
+        window, tuple(image.shape), tuple(weight.shape), image.dtype, torch.get_num_threads()
+    )
+    room = image.new_zeros(plan.threads, plan.room)
+    given = (
+        *described(image), kernel.data_ptr(), weight.data_ptr(), *described(output),
+        *described(room), *plan.numbers,
+    )  # fmt: skip
+    shared(machine.grouped, image, plan.units, plan.threads, given)
+
+
+@lru_cache(maxsize=256)
+def planned(
+    window: Window,
+    image: tuple[int, ...],
+    weight: tuple[int, ...],
+    dtype: torch.dtype,
+    cores: int,
+) -> Plan:
+    """The plan of `convolve`.
+
+    Args:
+        window: its window.
+        image: its shape.
+        weight: its shape.
+        dtype: of both.
+        cores: that torch may use.
+    """
+    (B, C_in, H, W), (C_out, each), wide = image, weight[:2], lanes(dtype)
+    groups = C_in // each
     apart = each == 1 and C_in == C_out
     inputs, outputs = (_AT_ONCE, _AT_ONCE) if apart else (each, C_out // groups)
     units = -(-C_in // inputs)
-    lie = layout(window, (image.shape[2], image.shape[3]), numbers=window.taps + inputs)
-    wide = lanes(image.dtype)
-    if lie.size[1] < wide:
-        # The last row is read a vector long.
-        kernel = F.pad(kernel.flatten(), (0, wide))
-    threads = parts(units, output.numel() * window.taps * each)
-    room = image.new_zeros(threads, inputs * lie.stride + 9 * wide)
-    given = (
-        *described(image), kernel.data_ptr(), weight.data_ptr(), C_out, each, window.taps,
-        *described(output), *described(room), inputs, outputs, apart, wide, lie.stride, lie.rows,
-        lie.address, *lie.numbers,
+    numbers = window.taps + inputs * math.prod(window.stride)
+    lie = layout(window, (H, W), numbers=numbers)
+    # The last row is read a vector long: of a narrow image, from memory of its own.
+    narrow = lie.size[1] < wide
+    factors = window.taps * lie.rows * lie.size[1] + wide if narrow else 0
+    room = inputs * lie.stride + wide + factors + 2 * _AT_ONCE * wide
+    told = (
+        each, window.taps, inputs, outputs, apart, wide, lie.stride, lie.rows, lie.address,
+        *lie.numbers,
     )  # fmt: skip
-    shared(machine.grouped, image, units, threads, given)
+    threads = parts(units, B * C_out * math.prod(lie.size) * window.taps * each)
+    return Plan(lie, units, threads, room, told)
 
 
 def depthwise_gradients(
@@ -69,23 +99,44 @@ def depthwise_gradients(
         grad: of the output, [B, C_out, H_out, W_out].
         window: the window.
     """
-    C_in, C_out = image.shape[1], weight.shape[0]
+    plan = planned_back(
+        window, tuple(image.shape), weight.shape[0], image.dtype, torch.get_num_threads()
+    )
+    room = image.new_zeros(plan.threads, plan.room)
+    grad_image, grad_weight = torch.zeros_like(image), torch.zeros_like(weight)
+    shares = kernel.new_zeros(plan.threads, *kernel.shape)
+    given = (
+        *described(image), kernel.data_ptr(), weight.data_ptr(), *described(grad),
+        grad_image.data_ptr(), shares.data_ptr(), grad_weight.data_ptr(), *described(room),
+        *plan.numbers,
+    )  # fmt: skip
+    shared(machine.depthwise_gradients, image, plan.units, plan.threads, given)
+    return grad_image, shares[0] if plan.threads == 1 else shares.sum(0), grad_weight
+
+
+@lru_cache(maxsize=256)
+def planned_back(
+    window: Window, image: tuple[int, ...], C_out: int, dtype: torch.dtype, cores: int
+) -> Plan:
+    """The plan of `depthwise_gradients`.
+
+    Args:
+        window: its window.
+        image: its shape.
+        C_out: outputs.
+        dtype: of the image.
+        cores: that torch may use.
+    """
+    (B, C_in, H, W), wide = image, lanes(dtype)
     inputs, outputs = (_AT_ONCE, _AT_ONCE) if C_in == C_out else (1, C_out // C_in)
     units = -(-C_in // inputs)
-    lie = layout(window, (image.shape[2], image.shape[3]), numbers=2 * window.taps)
-    wide = lanes(image.dtype)
-    threads = parts(units, grad.numel() * window.taps)
-    factors, each = lie.outputs(kernel[:, 0], wide), lie.size[0] * lie.row
-    room = image.new_zeros(
-        threads, 2 * (inputs * lie.stride + wide) + outputs * (lie.rows * lie.row + wide) + 4 * wide
-    )
-    grad_image, grad_weight = torch.zeros_like(image), torch.zeros_like(weight)
-    dots = image.new_zeros(threads, factors.numel())
-    given = (
-        *described(image), factors.data_ptr(), each, window.taps, weight.data_ptr(),
-        *described(grad), *described(grad_image), dots.data_ptr(), grad_weight.data_ptr(),
-        *described(room), inputs, outputs, wide, lie.stride, lie.rows, lie.address, *lie.numbers,
+    # Numbers of K and of its gradient.
+    lie = layout(window, (H, W), numbers=2 * window.taps)
+    each = lie.rows * lie.row + wide
+    planes = 2 * (inputs * lie.stride + wide)
+    room = _AT_ONCE * wide + planes + (outputs + 2 * window.taps) * each
+    told = (
+        window.taps, inputs, outputs, wide, lie.stride, lie.rows, lie.address, *lie.numbers
     )  # fmt: skip
-    shared(machine.depthwise_gradients, image, units, threads, given)
-    summed = dots.sum(0) if threads > 1 else dots[0]
-    return grad_image, lie.sized(summed, kernel.shape), grad_weight
+    threads = parts(units, B * C_out * math.prod(lie.size) * window.taps)
+    return Plan(lie, units, threads, room, told)

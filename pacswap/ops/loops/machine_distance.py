@@ -12,18 +12,19 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from pacswap.ops.loops.machine_planes import add_back, cut
+from pacswap.ops.loops.machine_planes import add_back, cut, unflatten
 from pacswap.ops.loops.threads import compiled, pointer
 from pacswap.ops.loops.vectors import Vectors
 
 _VECTORS = 2  # at once, of each sum
+_CHANNELS = 16  # at once: what the taps of a row see of them stays in the first cache
 
 
 @intrinsic(prefer_literal=True)
 def sum_channels(
     typingctx: Any, like: Any, taps: Any, square: Any, places: Any, channels: Any, steps: Any
 ) -> Any:
-    """Σ_c φ(f[c, p + t] − f_p[c]) of some taps, for two vectors of pixels.
+    """sums[t] += Σ_c φ(f[c, p + t] − f_p[c]) of some taps, for two vectors of pixels.
 
     Args:
         typingctx: numba's.
@@ -40,7 +41,9 @@ def sum_channels(
         features, centres, made, offsets = emit.parts(args[3])
         plane, apart, stretch = emit.parts(args[5])
         at = [emit.place(features, emit.index(offsets, t)) for t in range(count)]
-        sums = [emit.sums(_VECTORS) for _ in range(count)]
+        into = [[emit.vector(emit.place(made, stretch, t), i) for i in range(_VECTORS)]
+                for t in range(count)]  # fmt: skip
+        sums = [[emit.sum_of(place) for place in places] for places in into]
         with emit.repeated(args[4]) as c:
             middle = emit.place(centres, apart, c)
             centre = [emit.load(emit.vector(middle, i)) for i in range(_VECTORS)]
@@ -54,19 +57,10 @@ def sum_channels(
                         emit.add(sums[t][i], emit.absolute(apart_by))
         for t in range(count):
             for i in range(_VECTORS):
-                emit.store(emit.total(sums[t][i]), emit.vector(emit.place(made, stretch, t), i))
+                emit.store(emit.total(sums[t][i]), into[t][i])
         return context.get_dummy_value()
 
     return types.void(like, taps, square, places, channels, steps), code
-
-
-@compiled
-def unflatten(flat: Any, output: Any, row: int) -> None:
-    """One long row to rows [count, width]."""
-    for y in range(output.shape[0]):
-        line, part = flat[y * row : y * row + output.shape[1]], output[y]
-        for x in range(part.size):
-            part[x] = line[x]
 
 
 @compiled
@@ -79,8 +73,8 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
 
     `given`: f [B, D, H, W]; the address of f_p [B, D, H_out·row], not used where the centre is a
     tap; output [B, taps, H_out, W_out]; room [threads, zeros: planes of D channels, two vectors,
-    4 stretches]; numbers of a stretch, numbers of a vector, numbers from plane to plane, rows of a
-    block, the tap that is the centre or −1, whether φ is the square or the absolute value, halves
+    4 stretches]; whether φ is the square or the absolute value, numbers of a stretch, numbers of a
+    vector, numbers from plane to plane, rows of a block, the tap that is the centre or −1, halves
     (0 or 1), the address of the offsets of the taps, and `Layout.numbers`. f_p and a plane can be
     read two vectors beyond their ends.
     """
@@ -88,7 +82,7 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
     output = carray(pointer(g[6]), (g[7], g[8], g[9], g[10]), like.dtype)
     room = carray(pointer(g[11]), (g[12], g[13]), like.dtype)[thread]
-    stretch, lanes, plane, rows, centre, square, halves = g[14:21]
+    square, stretch, lanes, plane, rows, centre, halves = g[14:21]
     lie, D, (taps, height, width) = g[22:], image.shape[1], output.shape[1:]
     offsets, row = carray(pointer(g[21]), (taps,), np.int64), lie[7]
     here, aside = g[11] + size * thread * room.size, room.size - 4 * stretch
@@ -111,19 +105,23 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
             centres, apart = here + size * to, plane
             if centre < 0:
                 centres, apart = g[5] + size * (b * D * height + top) * row, height * row
-            for q in range(0, n, 2 * lanes):
-                places = (
-                    here + size * q, centres + size * q, here + size * (aside + q), g[21] + 8 * t
-                )  # fmt: skip
-                steps = (plane, apart, stretch)
-                if many == 4 and square:
-                    sum_channels(like, 4, 1, places, D, steps)
-                elif many == 4:
-                    sum_channels(like, 4, 0, places, D, steps)
-                elif square:
-                    sum_channels(like, 1, 1, places, D, steps)
-                else:
-                    sum_channels(like, 1, 0, places, D, steps)
+            steps = (plane, apart, stretch)
+            room[aside:] = 0
+            for c in range(0, D, _CHANNELS):
+                share = min(_CHANNELS, D - c)
+                own, theirs = here + size * c * plane, centres + size * c * apart
+                for q in range(0, n, 2 * lanes):
+                    places = (
+                        own + size * q, theirs + size * q, here + size * (aside + q), g[21] + 8 * t
+                    )  # fmt: skip
+                    if many == 4 and square:
+                        sum_channels(like, 4, 1, places, share, steps)
+                    elif many == 4:
+                        sum_channels(like, 4, 0, places, share, steps)
+                    elif square:
+                        sum_channels(like, 1, 1, places, share, steps)
+                    else:
+                        sum_channels(like, 1, 0, places, share, steps)
             for m in range(t, t + many):
                 sums = room[aside + (m - t) * stretch : aside + (m - t + 1) * stretch]
                 unflatten(sums, output[b, m, top : top + count], row)
@@ -192,15 +190,15 @@ def both_ends(first: int, last: int, thread: int, given: Any, like: Any) -> None
     g = given
     grad = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
     pulls = carray(pointer(g[5]), (g[6], g[7]), like.dtype)
-    (B, taps, height, width), centre, row = grad.shape, g[8], g[9]
+    taps, height, centre, row = g[2], g[3], g[8], g[9]
     offsets = carray(pointer(g[10]), (taps,), np.int64)
     for place in range(first, last):
         b, t = place // (taps - 1), place % (taps - 1)
         t = t if t < centre else t + 1
         for tap, start in ((t, offsets[centre]), (taps - 1 - t, offsets[taps - 1 - t])):
             for y in range(height):
-                line, part = grad[b, tap, y], pulls[place, start + y * row :][:width]
-                for x in range(width):
+                line, part = grad[b, tap, y], pulls[place, start + y * row :]
+                for x in range(line.size):
                     part[x] += line[x]
 
 

@@ -13,9 +13,9 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from pacswap.ops.loops.machine_planes import add_back, cut
+from pacswap.ops.loops.machine_planes import add_back, cut, flatten, unflatten
 from pacswap.ops.loops.threads import compiled, pointer
-from pacswap.ops.loops.vectors import Vectors
+from pacswap.ops.loops.vectors import Vectors, copy
 
 _ROWS = 2
 
@@ -71,12 +71,9 @@ def sum_taps(
 
 @compiled
 def put(aside: Any, lanes: int, output: Any, top: int, rows: int) -> None:
-    """What `sum_taps` made of some outputs [o, H_out, W_out], two rows each, to where it belongs."""
+    """What `sum_taps` made of outputs [o, H_out, W_out], two rows each, to where it belongs."""
     for o in range(output.shape[0]):
-        for r in range(rows):
-            line = aside[(o * 2 + r) * lanes :]
-            for x in range(output.shape[2]):
-                output[o, top + r, x] = line[x]
+        unflatten(aside[2 * o * lanes :], output[o, top : top + rows], lanes)
 
 
 @compiled
@@ -84,26 +81,33 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """output[b, o, p] = Σ_c Σ_t w[o, c, t] · K[b, t, p] · v[b, c, p + t], c of o's group.
 
     For units `first` to `last`, which have inputs and outputs of their own. `given`: v [B, C_in, H,
-    W]; the address of K [B, taps, H_out, W_out], which can be read a vector beyond its end; w
-    [C_out, C_in/G, taps]; output [B, C_out, H_out, W_out]; room [threads, zeros: planes of a unit,
-    a vector, then 8 vectors]; then inputs and outputs of a unit, whether output o sees input o
-    alone, numbers of a vector, numbers from plane to plane, rows that are computed at once, the
-    address of the offsets of the taps, and `Layout.numbers`.
+    W]; addresses of K [B, taps, H_out, W_out] and w [C_out, C_in/G, taps]; output [B, C_out, H_out,
+    W_out]; room [threads, zeros: planes of a unit, a vector, K of some rows and a vector if a row
+    is shorter than that, 8 vectors]; then C_in/G, taps, inputs and outputs of a unit, whether
+    output o sees input o alone, numbers of a vector, numbers from plane to plane, rows that are
+    computed at once, the address of the offsets of the taps, and `Layout.numbers`.
 
     In an image that is narrower than a vector, a row ends in the next one, which is written after.
     """
     g, size = given, like.itemsize
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
-    output = carray(pointer(g[10]), (g[11], g[12], g[13], g[14]), like.dtype)
-    room = carray(pointer(g[15]), (g[16], g[17]), like.dtype)[thread]
-    inputs, outputs, apart, lanes, plane, rows = g[18], g[19], g[20], g[21], g[22], g[23]
-    lie, (C_out, height, width), (each, taps) = g[25:], output.shape[1:], (g[8], g[9])
+    output = carray(pointer(g[7]), (g[8], g[9], g[10], g[11]), like.dtype)
+    room = carray(pointer(g[12]), (g[13], g[14]), like.dtype)[thread]
+    each, taps, inputs, outputs, apart, lanes, plane, rows = g[15:23]
+    lie, (C_out, height, width) = g[24:], output.shape[1:]
     pixels, row, aside = height * width, lie[7], room.size - 8 * lanes
-    here, ahead = g[15] + size * thread * room.size, lanes if width > lanes else 2 * width
+    here, ahead = g[12] + size * thread * room.size, lanes if width > lanes else 2 * width
     for b in range(image.shape[0]):
         for top in range(0, height, rows):
             count = min(rows, height - top)
             second = 1 if count > 1 else 0  # a single row is computed twice
+            factors, k_tap = g[5] + size * (b * taps * pixels + top * width), pixels
+            if width < lanes:
+                k_tap = count * width
+                own = here + size * (inputs * plane + lanes)
+                for t in range(taps):
+                    copy(own + size * t * k_tap, factors + size * t * pixels, size * k_tap)
+                factors = own
             for unit in range(first, last):
                 c0, o, end = unit * inputs, unit * outputs, min((unit + 1) * outputs, C_out)
                 for c in range(c0, min(c0 + inputs, image.shape[1])):
@@ -119,19 +123,19 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                         for x in range(0, width, lanes):
                             x0 = max(0, min(x, width - lanes))
                             at = y0 * width + x0
-                            into, out, out_row = g[10], pixels, second * width
+                            into, out, out_row = g[7], pixels, second * width
                             into += size * ((b * C_out + o) * pixels + at)
                             if last_ones:
                                 into, out, out_row = here + size * aside, 2 * lanes, lanes
                             places = (
                                 here + size * (start + (y0 - top) * row + x0),
-                                g[5] + size * (b * taps * pixels + at),
+                                factors + size * (at - top * width),
                                 g[6] + size * o * each * taps,
                                 into,
-                                g[24],
+                                g[23],
                             )
                             steps = (
-                                plane, second * row, pixels, second * width, each * taps, taps,
+                                plane, second * row, k_tap, second * width, each * taps, taps,
                                 out, out_row, ahead,
                             )  # fmt: skip
                             if many == 1:
@@ -206,14 +210,27 @@ def dot(p: Any, k: Any, x: Any, row: int, width: int) -> float:
 
 
 @compiled
-def flatten(lines: Any, flat: Any, row: int) -> None:
-    """Rows [count, width] to one long row, zeros between them."""
-    for y in range(lines.shape[0]):
-        part = flat[y * row : (y + 1) * row]
-        for x in range(lines.shape[1]):
-            part[x] = lines[y, x]
-        for x in range(lines.shape[1], row):
-            part[x] = 0
+def share_all(
+    room: Any, here: int, starts: Any, weight: int, n: int, many: int, steps: Any, lanes: int
+) -> None:
+    """`share_tap` of n numbers that begin at `starts` in the room, which begins with `found`."""
+    size, rest = room.itemsize, n % lanes
+    room[: 4 * lanes] = 0
+    v, into, pulled, factors, dots = starts
+    for whole in range(2):
+        on = 0 if whole else n - rest
+        places = (
+            here + size * (v + on), here + size * (into + on), here + size * (pulled + on),
+            here + size * (factors + on), here + size * (dots + on), weight, here,
+        )  # fmt: skip
+        if whole and many == 4:
+            share_tap(room, 4, 1, places, n // lanes, steps)
+        elif whole:
+            share_tap(room, 1, 1, places, n // lanes, steps)
+        elif rest and many == 4:
+            share_tap(room, 4, 0, places, rest, steps)
+        elif rest:
+            share_tap(room, 1, 0, places, rest, steps)
 
 
 @compiled
@@ -221,77 +238,63 @@ def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: An
     """What a depthwise convolution's gradient is to its three inputs.
 
     For units `first` to `last`: 4 channels with an output each, or one with several outputs.
-    `given`: v [B, C_in, H, W]; the address of K [B, taps, H_out·row] and w [C_out, taps]; the
-    gradient of the output [B, C_out, H_out, W_out]; the gradients, zeros yet, of v, of K [threads,
-    B, taps, H_out·row, and a vector], and of w; room [threads, zeros: planes of v and of what it
-    gets, a vector between; then rows of outputs of a unit and a vector; then 4 vectors]; then as
-    in `grouped`, without `apart`. K can be read a vector beyond its end.
+    `given`: v [B, C_in, H, W]; addresses of K [B, taps, H_out, W_out] and w [C_out, taps]; the
+    gradient of the output [B, C_out, H_out, W_out]; addresses of the gradients, zeros yet, of v,
+    of K for each thread, and of w; room [threads, zeros: 4 vectors; planes of v; a vector; planes
+    of what it gets; then, each with a vector, rows of outputs of a unit, K and what it gets of some
+    rows]; then as in `grouped`, from `taps` on without `apart`.
     """
     g, size = given, like.itemsize
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
-    factors = carray(pointer(g[5]), (g[1], g[7], g[6]), like.dtype)
-    grad = carray(pointer(g[9]), (g[10], g[11], g[12], g[13]), like.dtype)
-    grad_image = carray(pointer(g[14]), (g[15], g[16], g[17], g[18]), like.dtype)
-    room = carray(pointer(g[21]), (g[22], g[23]), like.dtype)[thread]
-    grad_weight = carray(pointer(g[20]), (grad.shape[1], g[7]), like.dtype)
-    inputs, outputs, lanes, plane, rows = g[24], g[25], g[26], g[27], g[28]
-    lie, taps, (C_out, height, width) = g[30:], g[7], grad.shape[1:]
-    offsets = carray(pointer(g[29]), (taps,), np.int64)
-    row, here = lie[7], g[21] + size * thread * room.size
-    second, third, dots = inputs * plane + lanes, 2 * (inputs * plane + lanes), g[19]
+    grad = carray(pointer(g[7]), (g[8], g[9], g[10], g[11]), like.dtype)
+    room = carray(pointer(g[15]), (g[16], g[17]), like.dtype)[thread]
+    taps, inputs, outputs, lanes, plane, rows = g[18:24]
+    lie, (B, C_out, height, width) = g[25:], grad.shape
+    factors = carray(pointer(g[5]), (B, taps, height, width), like.dtype)
+    grad_image = carray(pointer(g[12]), image.shape, like.dtype)
+    grad_factors = carray(pointer(g[13]), (thread + 1, B, taps, height, width), like.dtype)[thread]
+    grad_weight = carray(pointer(g[14]), (C_out, taps), like.dtype)
+    offsets = carray(pointer(g[24]), (taps,), np.int64)
+    row, here = lie[7], g[15] + size * thread * room.size
     each = rows * row + lanes
-    aside = room[third + outputs * each :]
-    dots += size * thread * (image.shape[0] * taps * g[6] + lanes)
-    for b in range(image.shape[0]):
+    v, into = 4 * lanes, 4 * lanes + inputs * plane + lanes
+    pulled = into + inputs * plane + lanes
+    k, dots = pulled + outputs * each, pulled + (outputs + taps) * each
+    for b in range(B):
         for top in range(0, height, rows):
             count = min(rows, height - top)
             n = (count - 1) * row + width
+            for t in range(taps):
+                flatten(factors[b, t, top : top + count], room[k + t * each :], row)
+            room[dots:] = 0
             for unit in range(first, last):
                 c0, o0 = unit * inputs, unit * outputs
                 have, end = min(inputs, image.shape[1] - c0), min(o0 + outputs, C_out)
-                room[second : second + have * plane] = 0
+                room[into : into + have * plane] = 0
                 for c in range(have):
-                    v = room[c * plane : (c + 1) * plane]
-                    cut(image[b, c0 + c], v, top, count == height, lie)
+                    own = room[v + c * plane : v + (c + 1) * plane]
+                    cut(image[b, c0 + c], own, top, count == height, lie)
                 for o in range(o0, end):
-                    flat = room[third + (o - o0) * each : third + (o - o0 + 1) * each]
-                    flatten(grad[b, o, top : top + count], flat, row)
+                    flatten(grad[b, o, top : top + count], room[pulled + (o - o0) * each :], row)
                 many = 4 if inputs == 4 and have == 4 else 1
                 for o in range(o0, end, many):
                     c = o - o0 if inputs == outputs else 0
                     for t in range(taps):
-                        aside[:] = 0
                         at = c * plane + offsets[t]
-                        k = (b * taps + t) * g[6] + top * row
-                        places = (
-                            here + size * at, here + size * (second + at),
-                            here + size * (third + (o - o0) * each), g[5] + size * k,
-                            dots + size * k, g[8] + size * (o * taps + t),
-                            here + size * (third + outputs * each),
-                        )  # fmt: skip
-                        rest = n % lanes
-                        beyond = size * (n - rest)
-                        tail = (
-                            places[0] + beyond, places[1] + beyond, places[2] + beyond,
-                            places[3] + beyond, places[4] + beyond, places[5], places[6],
-                        )  # fmt: skip
-                        if many == 4:
-                            share_tap(like, 4, 1, places, n // lanes, (plane, each, taps))
-                            share_tap(like, 4, 0, tail, rest, (plane, each, taps))
-                        else:
-                            share_tap(like, 1, 1, places, n // lanes, (plane, each, taps))
-                            share_tap(like, 1, 0, tail, rest, (plane, each, taps))
+                        starts = (v + at, into + at, pulled + (o - o0) * each, k + t * each,
+                                  dots + t * each)  # fmt: skip
+                        share_all(room, here, starts, g[6] + size * (o * taps + t), n, many,
+                                  (plane, each, taps), lanes)  # fmt: skip
                         for m in range(many):
-                            total = aside[m * lanes : (m + 1) * lanes].sum()
+                            total = room[m * lanes : (m + 1) * lanes].sum()
                             if total != total:  # NaN, perhaps from 0·∞ between the rows
-                                start = third + (o + m - o0) * each
-                                seen = at + m * plane
                                 total = dot(
-                                    room[start : start + n],
-                                    factors[b, t, top * row : top * row + n],
-                                    room[seen : seen + n], row, width,
+                                    room[starts[2] + m * each :][:n], room[starts[3] :],
+                                    room[starts[0] + m * plane :], row, width,
                                 )  # fmt: skip
                             grad_weight[o + m, t] += total
                 for c in range(have):
-                    into = room[second + c * plane : second + (c + 1) * plane]
-                    add_back(into, grad_image[b, c0 + c], top, lie)
+                    own = room[into + c * plane : into + (c + 1) * plane]
+                    add_back(own, grad_image[b, c0 + c], top, lie)
+            for t in range(taps):
+                unflatten(room[dots + t * each :], grad_factors[b, t, top : top + count], row)

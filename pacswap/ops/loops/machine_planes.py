@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pacswap.ops.loops.threads import compiled
-from pacswap.ops.loops.vectors import copy
+from pacswap.ops.loops.vectors import copy, every, every_other
 
 
 @compiled
@@ -19,9 +19,11 @@ def inside(phase: int, step: int, count: int, before: int, side: int) -> tuple[i
 
     Place i is pixel i·step + phase of the image with its border, which begins `before` it.
     """
-    first = min(count, max(0, (before - phase + step - 1) // step))
-    last = min(count, max(0, (side + before - phase + step - 1) // step))
-    return first, max(first, last)
+    first, last = before - phase, side + before - phase
+    if step > 1:
+        first, last = (first + step - 1) // step, (last + step - 1) // step
+    first = min(count, max(0, first))
+    return first, max(first, min(count, last))
 
 
 @compiled
@@ -35,48 +37,61 @@ def cut(image: Any, plane: Any, at: int, was_zero: bool, g: Any) -> None:
         was_zero: whether it is 0 above and below too.
         g: `Layout.numbers`.
     """
-    H, W, top, left, down, across = g[0], g[1], g[2], g[3], g[4], g[5]
-    high, wide, size = g[6], g[7], plane.itemsize
-    source, to = image.ctypes.data, plane.ctypes.data
-    for r in range(high * down):
-        y, line = at * down - top + r, ((r % down) * across * high + r // down) * wide
-        for phase in range(across):
-            start = line + phase * high * wide
+    H, W, top, left, down, across, high, wide = g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]
+    size, source, to = plane.itemsize, image.ctypes.data, plane.ctypes.data
+    for phase in range(down * across):
+        below, beside = phase // across, phase % across
+        a, b = inside(beside, across, wide, left, W)
+        first = at * down - top + below
+        for r in range(high):
+            y, line = first + r * down, (phase * high + r) * wide
             if y < 0 or y >= H:
                 if not was_zero:
-                    plane[start : start + wide] = 0
+                    plane[line : line + wide] = 0
                 continue
-            a, b = inside(phase, across, wide, left, W)
-            x = y * W + a * across + phase - left
+            x = source + size * (y * W + a * across + beside - left)
             if across == 1:
-                copy(to + size * (start + a), source + size * x, size * (b - a))
-            elif across == 2:  # which a compiler vectorises
-                row, part = image.reshape(-1), plane[start + a : start + b]
-                for i in range(part.size):
-                    part[i] = row[x + 2 * i]
+                copy(to + size * (line + a), x, size * (b - a))
+            elif across == 2:
+                every_other(plane, to + size * (line + a), x, b - a)
             else:
-                row = image.reshape(-1)
-                for i in range(b - a):
-                    plane[start + a + i] = row[x + i * across]
+                every(plane, to + size * (line + a), x, b - a, across)
 
 
 @compiled
 def add_back(plane: Any, image: Any, at: int, g: Any) -> None:
     """The inverse of `cut`: added to the image."""
-    H, W, top, left, down, across = g[0], g[1], g[2], g[3], g[4], g[5]
-    high, wide = g[6], g[7]
-    for r in range(high * down):
-        y, line = at * down - top + r, ((r % down) * across * high + r // down) * wide
-        if y < 0 or y >= H:
-            continue
-        for phase in range(across):
-            a, b = inside(phase, across, wide, left, W)
-            start, x = line + phase * high * wide, a * across + phase - left
-            source, row = plane[start + a : start + b], image[y]
+    H, W, top, left, down, across, high, wide = g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]
+    for phase in range(down * across):
+        below, beside = phase // across, phase % across
+        a, b = inside(beside, across, wide, left, W)
+        first, x = at * down - top + below, a * across + beside - left
+        for r in range(high):
+            y, line = first + r * down, (phase * high + r) * wide
+            if y < 0 or y >= H or a == b:
+                continue
+            source, row = plane[line + a : line + b], image[y, x:]
             if across == 1:
-                part = row[x : x + b - a]
-                for i in range(part.size):
-                    part[i] += source[i]
+                for i in range(source.size):
+                    row[i] += source[i]
             else:
                 for i in range(source.size):
-                    row[x + i * across] += source[i]
+                    row[i * across] += source[i]
+
+
+@compiled
+def flatten(lines: Any, flat: Any, row: int) -> None:
+    """Rows [count, width] to one long row; what lies between them stays."""
+    size = flat.itemsize
+    for y in range(lines.shape[0]):
+        source = lines.ctypes.data + size * y * lines.shape[1]
+        copy(flat.ctypes.data + size * y * row, source, size * lines.shape[1])
+
+
+@compiled
+def unflatten(flat: Any, lines: Any, row: int) -> None:
+    """The inverse of `flatten`."""
+    size = flat.itemsize
+    for y in range(lines.shape[0]):
+        to = lines.ctypes.data + size * y * lines.shape[1]
+        copy(to, flat.ctypes.data + size * y * row, size * lines.shape[1])

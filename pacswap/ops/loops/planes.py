@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -83,20 +83,24 @@ class Layout:
         return _LINE * (lines + 1 - lines % 2)
 
     @cached_property
-    def _offsets(self) -> Any:
-        return np.array(self.offsets, dtype=np.int64)
-
-    @property
     def address(self) -> int:
         """Of the offsets, in memory that lives as long as this layout."""
-        return self._offsets.ctypes.data
+        return self._arrays[0].ctypes.data
 
     @cached_property
-    def from_centre(self) -> Any:
-        """Offsets of the taps from the centre, but its own, as an array."""
-        centre = self.window.centre
-        others = [at for t, at in enumerate(self.offsets) if t != centre]
-        return np.array(others, dtype=np.int64) - self.offsets[centre]
+    def address_from_centre(self) -> int:
+        """Of the offsets from the centre's, without its own; likewise."""
+        return self._arrays[1].ctypes.data
+
+    @cached_property
+    def farthest(self) -> int:
+        """The largest offset from the centre's."""
+        return int(self._arrays[1].max(initial=0))
+
+    @cached_property
+    def _arrays(self) -> tuple[Any, Any]:
+        offsets, centre = np.array(self.offsets, dtype=np.int64), self.window.centre
+        return offsets, np.delete(offsets, centre) - offsets[centre]
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -114,6 +118,24 @@ class Layout:
         """The inverse of `outputs`, a view of that shape."""
         *lines, width = shape
         return flat[: math.prod(lines) * self.row].view(*lines, self.row)[..., :width]
+
+
+class Plan(NamedTuple):
+    """How the work of a call is divided.
+
+    Attributes:
+        lie: the layout of its planes.
+        units: that are divided among threads.
+        threads: that share it.
+        room: numbers of memory that each needs.
+        numbers: what the loops are told.
+    """
+
+    lie: Layout
+    units: int
+    threads: int
+    room: int
+    numbers: tuple[int, ...]
 
 
 _CACHE = 1 << 17  # 512 KB of float32
@@ -135,7 +157,9 @@ def layout(
     """
     size = window.output_size(*image)
     rows = max(least, _CACHE // max(1, numbers * size[1]))
-    return Layout(window, image, size, max(1, min(rows, -(-size[0] // blocks))))
+    # Of one height: a small rest would cut as much around it as the others.
+    count = max(blocks, -(-size[0] // rows))
+    return Layout(window, image, size, max(1, -(-size[0] // count)))
 
 
 @lru_cache(maxsize=256)

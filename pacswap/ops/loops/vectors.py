@@ -48,6 +48,45 @@ def copy(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), code
 
 
+@intrinsic
+def every(typingctx: Any, like: Any, to: Any, source: Any, count: Any, step: Any) -> Any:
+    """Copy so many numbers of the dtype of `like`, each `step` after the one before."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Vectors(builder, like.dtype)
+        with emit.repeated(args[3]) as i:
+            emit.move(emit.place(args[2], args[4], i), emit.place(args[1], 1, i))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def every_other(typingctx: Any, like: Any, to: Any, source: Any, count: Any) -> Any:
+    """`every` with a step of 2. Reads nothing before the first number and after the last."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Vectors(builder, like.dtype)
+        _, to, source, count = args
+        lanes = _INDEX(emit.lanes)
+        is_long = builder.icmp_signed(">", count, lanes)
+        with builder.if_else(is_long) as (then, otherwise):
+            with then:
+                whole = builder.sdiv(builder.sub(count, _INDEX(1)), lanes)
+                with emit.repeated(whole) as i:
+                    at = emit.place(source, 2 * emit.lanes, i)
+                    emit.store(emit.of_two(at, 0), emit.vector(to, i))
+                # The last vector, of which some were copied already.
+                start = builder.sub(count, lanes)
+                before = emit.place(emit.place(source, start, 2), -1)
+                emit.store(emit.of_two(before, 1), emit.place(to, start))
+            with otherwise, emit.repeated(count) as i:
+                emit.move(emit.place(source, 2, i), emit.place(to, 1, i))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64, types.int64), code
+
+
 class Vectors:
     """Emits instructions on vectors, for an intrinsic.
 
@@ -59,8 +98,8 @@ class Vectors:
         self._builder = builder
         self._number = ir.FloatType() if kind.bitwidth == 32 else ir.DoubleType()
         self._size = kind.bitwidth // 8
-        self._lanes = _vector_bytes() // self._size
-        self._vector = ir.VectorType(self._number, self._lanes)
+        self.lanes = _vector_bytes() // self._size
+        self._vector = ir.VectorType(self._number, self.lanes)
 
     def parts(self, given: Any) -> list[Any]:
         """The numbers of a tuple."""
@@ -76,7 +115,7 @@ class Vectors:
 
     def vector(self, address: Any, i: Any) -> Any:
         """The address i vectors on."""
-        return self.place(address, self._lanes, i)
+        return self.place(address, self.lanes, i)
 
     def load(self, address: Any) -> Any:
         """The vector that begins at an address."""
@@ -85,6 +124,18 @@ class Vectors:
     def store(self, vector: Any, address: Any) -> None:
         """The reverse."""
         self._builder.store(vector, self._at(address), align=self._size)
+
+    def of_two(self, address: Any, first: int) -> Any:
+        """Every other number of the two vectors that begin at an address."""
+        pair = self.load(address), self.load(self.vector(address, 1))
+        which = [first + 2 * i for i in range(self.lanes)]
+        kind = ir.VectorType(ir.IntType(32), self.lanes)
+        return self._builder.shuffle_vector(*pair, ir.Constant(kind, which))
+
+    def move(self, source: Any, to: Any) -> None:
+        """Copy a number."""
+        source, to = (self._builder.inttoptr(a, self._number.as_pointer()) for a in (source, to))
+        self._builder.store(self._builder.load(source), to)
 
     def _at(self, address: Any) -> Any:
         return self._builder.inttoptr(address, self._vector.as_pointer())
@@ -100,17 +151,17 @@ class Vectors:
         number = self._builder.load(self._builder.inttoptr(address, self._number.as_pointer()))
         nothing, position = ir.Constant(self._vector, ir.Undefined), ir.IntType(32)
         first = self._builder.insert_element(nothing, number, position(0))
-        zeros = ir.Constant(ir.VectorType(position, self._lanes), [0] * self._lanes)
+        zeros = ir.Constant(ir.VectorType(position, self.lanes), [0] * self.lanes)
         return self._builder.shuffle_vector(first, nothing, zeros)
 
     def lanes_below(self, count: Any) -> Any:
         """Which lanes are among the first `count`."""
-        kind = ir.VectorType(_INDEX, self._lanes)
+        kind = ir.VectorType(_INDEX, self.lanes)
         nothing, position = ir.Constant(kind, ir.Undefined), ir.IntType(32)
         first = self._builder.insert_element(nothing, count, position(0))
-        zeros = ir.Constant(ir.VectorType(position, self._lanes), [0] * self._lanes)
+        zeros = ir.Constant(ir.VectorType(position, self.lanes), [0] * self.lanes)
         counts = self._builder.shuffle_vector(first, nothing, zeros)
-        return self._builder.icmp_signed("<", ir.Constant(kind, list(range(self._lanes))), counts)
+        return self._builder.icmp_signed("<", ir.Constant(kind, list(range(self.lanes))), counts)
 
     def choose(self, where: Any, a: Any, b: Any) -> Any:
         """A in the lanes of `where`, else b."""
@@ -118,7 +169,7 @@ class Vectors:
 
     def zero(self) -> Any:
         """0 in every lane."""
-        return ir.Constant(self._vector, [0.0] * self._lanes)
+        return ir.Constant(self._vector, [0.0] * self.lanes)
 
     def product(self, a: Any, b: Any) -> Any:
         """a·b."""
@@ -134,8 +185,8 @@ class Vectors:
 
     def absolute(self, a: Any) -> Any:
         """|a|."""
-        bits = ir.VectorType(ir.IntType(8 * self._size), self._lanes)
-        most = ir.Constant(bits, [(1 << (8 * self._size - 1)) - 1] * self._lanes)
+        bits = ir.VectorType(ir.IntType(8 * self._size), self.lanes)
+        most = ir.Constant(bits, [(1 << (8 * self._size - 1)) - 1] * self.lanes)
         without_sign = self._builder.and_(self._builder.bitcast(a, bits), most)
         return self._builder.bitcast(without_sign, self._vector)
 
@@ -150,6 +201,10 @@ class Vectors:
     def sums(self, count: int) -> list[Any]:
         """Places of so many sums, 0 yet; registers, if there are enough."""
         return [cgutils.alloca_once_value(self._builder, self.zero()) for _ in range(count)]
+
+    def sum_of(self, address: Any) -> Any:
+        """The place of a sum that is now what lies at an address."""
+        return cgutils.alloca_once_value(self._builder, self.load(address))
 
     def add(self, total: Any, value: Any) -> None:
         """Add to a sum."""
