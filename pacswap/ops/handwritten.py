@@ -6,6 +6,7 @@ through `taps`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +107,15 @@ def attach_kernel_gradient(
     sees it; its values stay).
     """
     return _apply(_KernelGradient, output, input, kernel, weight, window, groups, engine)
+
+
+def operations(engine: Any) -> tuple[partial[Tensor], partial[Tensor], partial[Tensor]]:
+    """The three above, of one engine, as a backend has them."""
+    return (
+        partial(tap_distance, engine),
+        partial(pac_conv2d, engine),
+        partial(attach_kernel_gradient, engine),
+    )
 
 
 def _learns(*tensors: Tensor | None) -> bool:

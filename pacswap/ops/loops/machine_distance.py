@@ -17,7 +17,9 @@ from pacswap.ops.loops.threads import compiled, pointer
 from pacswap.ops.loops.vectors import Vectors
 
 _VECTORS = 2  # at once, of each sum
-_CHANNELS = 16  # at once: what the taps of a row see of them stays in the first cache
+# At once: what the taps of a row see of them stays in the first cache; and sums of sums are more
+# exact than long ones.
+_CHANNELS = 16
 
 
 @intrinsic(prefer_literal=True)
@@ -41,9 +43,7 @@ def sum_channels(
         features, centres, made, offsets = emit.parts(args[3])
         plane, apart, stretch = emit.parts(args[5])
         at = [emit.place(features, emit.index(offsets, t)) for t in range(count)]
-        into = [[emit.vector(emit.place(made, stretch, t), i) for i in range(_VECTORS)]
-                for t in range(count)]  # fmt: skip
-        sums = [[emit.sum_of(place) for place in places] for places in into]
+        sums = [emit.sums(_VECTORS) for _ in range(count)]
         with emit.repeated(args[4]) as c:
             middle = emit.place(centres, apart, c)
             centre = [emit.load(emit.vector(middle, i)) for i in range(_VECTORS)]
@@ -57,7 +57,8 @@ def sum_channels(
                         emit.add(sums[t][i], emit.absolute(apart_by))
         for t in range(count):
             for i in range(_VECTORS):
-                emit.store(emit.total(sums[t][i]), into[t][i])
+                place = emit.vector(emit.place(made, stretch, t), i)
+                emit.store(emit.sum(emit.load(place), emit.total(sums[t][i])), place)
         return context.get_dummy_value()
 
     return types.void(like, taps, square, places, channels, steps), code

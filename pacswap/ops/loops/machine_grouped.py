@@ -42,28 +42,34 @@ def sum_taps(
         v, factors, weight, made, offsets = emit.parts(args[3])
         taps, inputs = emit.parts(args[4])
         v_plane, v_row, k_tap, k_row, w_output, w_input, out, row, ahead = emit.parts(args[5])
-        sums = [emit.sums(_ROWS) for _ in range(count)]
-        with emit.repeated(inputs) as c, emit.repeated(taps) as t:
-            k_t = emit.place(factors, k_tap, t)
-            w_t = emit.place(emit.place(weight, w_input, c), 1, t)
-            v_t = emit.place(emit.place(v, v_plane, c), emit.index(offsets, t))
-            k = [emit.load(emit.place(k_t, k_row, r)) for r in range(_ROWS)]
-            for r in range(_ROWS):
-                emit.fetch(emit.place(emit.place(k_t, ahead), k_row, r))
-            if not apart.literal_value:
-                seen = [emit.load(emit.place(v_t, v_row, r)) for r in range(_ROWS)]
-                k = [emit.product(*pair) for pair in zip(k, seen, strict=True)]
-            for o in range(count):
-                w = emit.spread(emit.place(w_t, w_output, o))
+        totals = [emit.sums(_ROWS) for _ in range(count)]
+        with emit.repeated(inputs) as c:
+            # Of each input apart: sums of sums are more exact than long ones.
+            sums = [emit.sums(_ROWS) for _ in range(count)]
+            with emit.repeated(taps) as t:
+                k_t = emit.place(factors, k_tap, t)
+                w_t = emit.place(emit.place(weight, w_input, c), 1, t)
+                v_t = emit.place(emit.place(v, v_plane, c), emit.index(offsets, t))
+                k = [emit.load(emit.place(k_t, k_row, r)) for r in range(_ROWS)]
                 for r in range(_ROWS):
-                    if apart.literal_value:
-                        seen_by = emit.load(emit.place(emit.place(v_t, v_plane, o), v_row, r))
-                        emit.add(sums[o][r], emit.product(emit.product(w, k[r]), seen_by))
-                    else:
-                        emit.add(sums[o][r], emit.product(w, k[r]))
+                    emit.fetch(emit.place(emit.place(k_t, ahead), k_row, r))
+                if not apart.literal_value:
+                    seen = [emit.load(emit.place(v_t, v_row, r)) for r in range(_ROWS)]
+                    k = [emit.product(*pair) for pair in zip(k, seen, strict=True)]
+                for o in range(count):
+                    w = emit.spread(emit.place(w_t, w_output, o))
+                    for r in range(_ROWS):
+                        added = emit.product(w, k[r])
+                        if apart.literal_value:
+                            own = emit.place(emit.place(v_t, v_plane, o), v_row, r)
+                            added = emit.product(added, emit.load(own))
+                        emit.add(sums[o][r], added)
+            for o in range(count):
+                for r in range(_ROWS):
+                    emit.add(totals[o][r], emit.total(sums[o][r]))
         for o in range(count):
             for r in range(_ROWS):
-                emit.store(emit.total(sums[o][r]), emit.place(emit.place(made, out, o), row, r))
+                emit.store(emit.total(totals[o][r]), emit.place(emit.place(made, out, o), row, r))
         return context.get_dummy_value()
 
     return types.void(like, outputs, apart, places, counts, steps), code

@@ -202,10 +202,6 @@ class Vectors:
         """Places of so many sums, 0 yet; registers, if there are enough."""
         return [cgutils.alloca_once_value(self._builder, self.zero()) for _ in range(count)]
 
-    def sum_of(self, address: Any) -> Any:
-        """The place of a sum that is now what lies at an address."""
-        return cgutils.alloca_once_value(self._builder, self.load(address))
-
     def add(self, total: Any, value: Any) -> None:
         """Add to a sum."""
         self._builder.store(self.sum(self.total(total), value), total)
