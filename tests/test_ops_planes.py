@@ -169,8 +169,9 @@ def plane_of(window: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor, Any]:
     """(an image, its plane, how that lies)."""
     image = torch.randn(size, dtype=torch.float64)
     lie = planes.whole(window, size)
-    plane = torch.zeros(lie.plane, dtype=torch.float64)
-    machine_planes.cut(image.numpy(), plane.numpy(), 0, True, np.array(lie.numbers))
+    room = torch.empty(lie.plane + vectors.lanes(torch.float64), dtype=torch.float64)
+    plane = room[: lie.plane]
+    machine_planes.cut(image.numpy(), plane.numpy(), 0, np.array(lie.numbers))
     return image, plane, lie
 
 

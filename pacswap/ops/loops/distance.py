@@ -40,7 +40,7 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
     output = guidance.new_empty(shape[0], 1, window.taps, *plan.lie.size)
     if shape[1] == 0:
         return output.zero_()
-    room = guidance.new_zeros(plan.threads, plan.room)
+    room = guidance.new_empty(plan.threads, plan.room)
     apart = None if centre is None else plan.lie.outputs(centre, _VECTORS * lanes(dtype))
     given = (
         guidance.data_ptr(), *shape, 0 if apart is None else apart.data_ptr(), output.data_ptr(),
@@ -71,12 +71,14 @@ def planned(
     each = -(-parts(numbers, numbers) // max(1, B))
     least = 4 * reach if halves else 1
     phases = math.prod(window.stride)
-    lie = layout(window, (H, W), numbers=D * phases, least=least, blocks=each)
+    channels, sums = min(D, machine.CHANNELS), window.centre if halves else window.taps
+    numbers_each = channels * phases + sums
+    lie = layout(window, (H, W), numbers=numbers_each, least=least, blocks=each)
     count = B * -(-lie.size[0] // lie.rows)
     beyond = lie.offsets[window.centre] - lie.offsets[0] if halves else 0
     wide = lanes(dtype)
     stretch = lie.rows * lie.row + beyond + _VECTORS * wide
-    room = D * lie.stride + _VECTORS * wide + _AT_ONCE * stretch
+    room = channels * lie.stride + _VECTORS * wide + sums * stretch
     told = (
         stretch, wide, lie.stride, lie.rows, window.centre if is_own else -1, halves, lie.address,
         *lie.numbers,
@@ -109,11 +111,12 @@ def gradients(
         found_apart = torch.zeros_like(apart)
     channels = B * D
     threads = parts(channels, grad.numel() * D)
-    room = guidance.new_zeros(threads, 2 * lie.plane)
+    room = guidance.new_empty(threads, 2 * lie.plane + lanes(guidance.dtype))
     given = (
         *described(guidance), apart.data_ptr(), *size, pulls.data_ptr(), B, window.taps, size[2],
         *described(found), found_apart.data_ptr(), *described(room),
-        window.centre if centre is None else -1, square, lie.address, *lie.numbers,
+        window.centre if centre is None else -1, square, lie.address, lie.plane,
+        *lie.numbers,
     )  # fmt: skip
     shared(machine.distance_gradients, guidance, channels, threads, given)
     return found, None if centre is None else lie.sized(found_apart, centre.shape)
@@ -138,7 +141,7 @@ def _mirrored_gradients(guidance: Tensor, grad: Tensor, lie: Layout, square: boo
     plane = lie.stride + lie.farthest
     stretch = lie.plane + _VECTORS * wide
     size = lie.farthest + _AT_ONCE * plane + _VECTORS * wide + _AT_ONCE * stretch
-    room = guidance.new_zeros(threads, size)
+    room = guidance.new_empty(threads, size)
     given = (
         *described(guidance), pulls.data_ptr(), others, *described(found), *described(room),
         wide, lie.farthest, plane, lie.plane, square, lie.address_from_centre, *lie.numbers,

@@ -43,7 +43,7 @@ def convolve(
     plan = planned(
         window, tuple(image.shape), tuple(weight.shape), image.dtype, torch.get_num_threads()
     )
-    room = image.new_zeros(plan.threads, plan.room)
+    room = image.new_empty(plan.threads, plan.room)
     given = (
         *described(image), kernel.data_ptr(), weight.data_ptr(), *described(output),
         *described(room), *plan.numbers,
@@ -102,7 +102,7 @@ def depthwise_gradients(
     plan = planned_back(
         window, tuple(image.shape), weight.shape[0], image.dtype, torch.get_num_threads()
     )
-    room = image.new_zeros(plan.threads, plan.room)
+    room = image.new_empty(plan.threads, plan.room)
     grad_image, grad_weight = torch.zeros_like(image), torch.zeros_like(weight)
     shares = kernel.new_zeros(plan.threads, *kernel.shape)
     given = (

@@ -19,7 +19,7 @@ from pacswap.ops.loops.vectors import Vectors
 _VECTORS = 2  # at once, of each sum
 # At once: what the taps of a row see of them stays in the first cache; and sums of sums are more
 # exact than long ones.
-_CHANNELS = 16
+CHANNELS = 16
 
 
 @intrinsic(prefer_literal=True)
@@ -73,11 +73,11 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
     computed, on a stretch that holds both.
 
     `given`: f [B, D, H, W]; the address of f_p [B, D, H_out·row], not used where the centre is a
-    tap; output [B, taps, H_out, W_out]; room [threads, zeros: planes of D channels, two vectors,
-    4 stretches]; whether φ is the square or the absolute value, numbers of a stretch, numbers of a
-    vector, numbers from plane to plane, rows of a block, the tap that is the centre or −1, halves
-    (0 or 1), the address of the offsets of the taps, and `Layout.numbers`. f_p and a plane can be
-    read two vectors beyond their ends.
+    tap; output [B, taps, H_out, W_out]; room [threads, planes of `CHANNELS`, two vectors, then a
+    stretch for each tap that is computed]; whether φ is the square or the absolute value, numbers
+    of a stretch, numbers of a vector, numbers from plane to plane, rows of a block, the tap that is
+    the centre or −1, halves (0 or 1), the address of the offsets of the taps, and `Layout.numbers`.
+    f_p and a plane can be read two vectors beyond their ends.
     """
     g, size = given, like.itemsize
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
@@ -86,35 +86,33 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
     square, stretch, lanes, plane, rows, centre, halves = g[14:21]
     lie, D, (taps, height, width) = g[22:], image.shape[1], output.shape[1:]
     offsets, row = carray(pointer(g[21]), (taps,), np.int64), lie[7]
-    here, aside = g[11] + size * thread * room.size, room.size - 4 * stretch
     to = offsets[centre] if centre >= 0 else 0
+    computed = centre if halves else taps
+    here, sums = g[11] + size * thread * room.size, room.size - computed * stretch
     blocks = (height + rows - 1) // rows
     for block in range(first, last):
         b, top = block // blocks, block % blocks * rows
         count = min(rows, height - top)
-        for c in range(D):
-            cut(image[b, c], room[c * plane : (c + 1) * plane], top, blocks == 1, lie)
-        t = 0
-        while t < (centre if halves else taps):
-            if t == centre:
-                output[b, t, top : top + count] = 0
-                t += 1
-                continue
-            end = centre if t < centre else taps
-            many = 4 if end - t >= 4 else 1
-            n = (count - 1) * row + width + (to - offsets[t] if halves else 0)
+        n = (count - 1) * row + width
+        room[sums:] = 0
+        for c0 in range(0, D, CHANNELS):
+            share = min(CHANNELS, D - c0)
+            for c in range(share):
+                cut(image[b, c0 + c], room[c * plane : (c + 1) * plane], top, lie)
             centres, apart = here + size * to, plane
             if centre < 0:
-                centres, apart = g[5] + size * (b * D * height + top) * row, height * row
-            steps = (plane, apart, stretch)
-            room[aside:] = 0
-            for c in range(0, D, _CHANNELS):
-                share = min(_CHANNELS, D - c)
-                own, theirs = here + size * c * plane, centres + size * c * apart
-                for q in range(0, n, 2 * lanes):
-                    places = (
-                        own + size * q, theirs + size * q, here + size * (aside + q), g[21] + 8 * t
-                    )  # fmt: skip
+                centres, apart = g[5] + size * ((b * D + c0) * height + top) * row, height * row
+            t = 0
+            while t < computed:
+                if t == centre:
+                    t += 1
+                    continue
+                many = 1 if (centre if t < centre else computed) - t < 4 else 4
+                beyond = to - offsets[t] if halves else 0
+                for q in range(0, n + beyond, 2 * lanes):
+                    into = here + size * (sums + t * stretch + q)
+                    places = (here + size * q, centres + size * q, into, g[21] + 8 * t)
+                    steps = (plane, apart, stretch)
                     if many == 4 and square:
                         sum_channels(like, 4, 1, places, share, steps)
                     elif many == 4:
@@ -123,14 +121,14 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
                         sum_channels(like, 1, 1, places, share, steps)
                     else:
                         sum_channels(like, 1, 0, places, share, steps)
-            for m in range(t, t + many):
-                sums = room[aside + (m - t) * stretch : aside + (m - t + 1) * stretch]
-                unflatten(sums, output[b, m, top : top + count], row)
-                if halves:
-                    mirrored = sums[to - offsets[m] :]
-                    unflatten(mirrored, output[b, taps - 1 - m, top : top + count], row)
-            t += many
-        if halves:
+                t += many
+        for t in range(computed):
+            made = room[sums + t * stretch :]
+            unflatten(made, output[b, t, top : top + count], row)
+            if halves:
+                opposite = output[b, taps - 1 - t, top : top + count]
+                unflatten(made[to - offsets[t] :], opposite, row)
+        if centre >= 0:
             output[b, centre, top : top + count] = 0
 
 
@@ -209,7 +207,7 @@ def mirrored_gradients(first: int, last: int, thread: int, given: Any, like: Any
 
     For blocks `first` to `last` of 4 channels, of all images. `given`: f [B, D, H, W]; what
     `both_ends` made and can be read two vectors beyond its end; taps but the centre; the gradient,
-    zeros yet, of f; room [threads, zeros: a margin, 4 planes with a margin each, two vectors, then
+    zeros yet, of f; room [threads, a margin, 4 planes with a margin each, two vectors, then
     4 stretches of the plane's size and two vectors]; numbers of a vector, of a margin, from plane
     to plane, of a plane, whether φ is the square, the address of the taps' offsets from the centre
     but its own, and `Layout.numbers` of the whole image. A margin is as far as a tap can be.
@@ -223,12 +221,13 @@ def mirrored_gradients(first: int, last: int, thread: int, given: Any, like: Any
     row, start = lie[7], lie[2] * lie[7] + lie[3]  # of the first pixel that is not border
     stretch = full + 2 * lanes
     here, aside = g[12] + size * thread * room.size, room.size - 4 * stretch
+    room[:aside] = 0
     for block in range(first, last):
         b, c0 = block // ((D + 3) // 4), block % ((D + 3) // 4) * 4
         have = min(4, D - c0)
         for c in range(have):
             at = margin + c * plane
-            cut(image[b, c0 + c], room[at : at + full], 0, True, lie)
+            cut(image[b, c0 + c], room[at : at + full], 0, lie)
         many = 4 if have == 4 else 1
         for c in range(0, have, many):
             for q in range(max(0, start), min(full, start + (H - 1) * row + W), 2 * lanes):
@@ -268,9 +267,9 @@ def distance_gradients(first: int, last: int, thread: int, given: Any, like: Any
 
     For channels `first` to `last` of all images. `given`: f [B, D, H, W]; f_p [B, D, H_out·row],
     not used where the centre is a tap; what pulls at the differences, [B, taps, H_out·row]; the
-    gradients, zeros yet, of f and f_p; room [threads, zeros: 2·plane]; then the tap that is the
-    centre or −1, whether φ is the square, the offsets' address, and `Layout.numbers` of the whole
-    image.
+    gradients, zeros yet, of f and f_p; room [threads, 2·plane and a vector]; then the tap that is
+    the centre or −1, whether φ is the square, the offsets' address, numbers of a plane, and
+    `Layout.numbers` of the whole image.
     """
     g, kind = given, like.dtype
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), kind)
@@ -279,14 +278,14 @@ def distance_gradients(first: int, last: int, thread: int, given: Any, like: Any
     found = carray(pointer(g[13]), (g[14], g[15], g[16], g[17]), kind)
     found_apart = carray(pointer(g[18]), (g[6], g[7], g[8]), kind)
     room = carray(pointer(g[19]), (g[20], g[21]), kind)[thread]
-    centre, square, lie, D = g[22], g[23], g[25:], image.shape[1]
-    offsets, size = carray(pointer(g[24]), (pulls.shape[1],), np.int64), room.size // 2
+    centre, square, lie, D = g[22], g[23], g[26:], image.shape[1]
+    offsets, size = carray(pointer(g[24]), (pulls.shape[1],), np.int64), g[25]
     # Without what lies beyond the last row's last output.
     n = min(pulls.shape[2], size - offsets.max())
-    f, into = room[:size], room[size:]
+    f, into = room[:size], room[room.size - size :]
     for channel in range(first, last):
         b, c = channel // D, channel % D
-        cut(image[b, c], f, 0, True, lie)
+        cut(image[b, c], f, 0, lie)
         into[:] = 0
         for t in range(offsets.size):
             at = offsets[t]

@@ -88,7 +88,7 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
 
     For units `first` to `last`, which have inputs and outputs of their own. `given`: v [B, C_in, H,
     W]; addresses of K [B, taps, H_out, W_out] and w [C_out, C_in/G, taps]; output [B, C_out, H_out,
-    W_out]; room [threads, zeros: planes of a unit, a vector, K of some rows and a vector if a row
+    W_out]; room [threads, planes of a unit, a vector, K of some rows and a vector if a row
     is shorter than that, 8 vectors]; then C_in/G, taps, inputs and outputs of a unit, whether
     output o sees input o alone, numbers of a vector, numbers from plane to plane, rows that are
     computed at once, the address of the offsets of the taps, and `Layout.numbers`.
@@ -118,7 +118,7 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 c0, o, end = unit * inputs, unit * outputs, min((unit + 1) * outputs, C_out)
                 for c in range(c0, min(c0 + inputs, image.shape[1])):
                     v = room[(c - c0) * plane : (c - c0 + 1) * plane]
-                    cut(image[b, c], v, top, count == height, lie)
+                    cut(image[b, c], v, top, lie)
                 while o < end:
                     many = 4 if end - o >= 4 else 1
                     start = (o - unit * outputs) * plane if apart else 0
@@ -246,7 +246,7 @@ def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: An
     For units `first` to `last`: 4 channels with an output each, or one with several outputs.
     `given`: v [B, C_in, H, W]; addresses of K [B, taps, H_out, W_out] and w [C_out, taps]; the
     gradient of the output [B, C_out, H_out, W_out]; addresses of the gradients, zeros yet, of v,
-    of K for each thread, and of w; room [threads, zeros: 4 vectors; planes of v; a vector; planes
+    of K for each thread, and of w; room [threads, 4 vectors; planes of v; a vector; planes
     of what it gets; then, each with a vector, rows of outputs of a unit, K and what it gets of some
     rows]; then as in `grouped`, from `taps` on without `apart`.
     """
@@ -279,7 +279,7 @@ def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: An
                 room[into : into + have * plane] = 0
                 for c in range(have):
                     own = room[v + c * plane : v + (c + 1) * plane]
-                    cut(image[b, c0 + c], own, top, count == height, lie)
+                    cut(image[b, c0 + c], own, top, lie)
                 for o in range(o0, end):
                     flatten(grad[b, o, top : top + count], room[pulled + (o - o0) * each :], row)
                 many = 4 if inputs == 4 and have == 4 else 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pacswap.ops.loops.threads import compiled
-from pacswap.ops.loops.vectors import copy, every, every_other
+from pacswap.ops.loops.vectors import clear, copy, every, every_other
 
 
 @compiled
@@ -27,14 +27,13 @@ def inside(phase: int, step: int, count: int, before: int, side: int) -> tuple[i
 
 
 @compiled
-def cut(image: Any, plane: Any, at: int, was_zero: bool, g: Any) -> None:
+def cut(image: Any, plane: Any, at: int, g: Any) -> None:
     """A part of an image, phase by phase.
 
     Args:
         image: [H, W].
-        plane: is filled; at the left and the right of the image it has to be 0 already.
+        plane: is filled, and up to a vector beyond it with zeros.
         at: output row where the part begins.
-        was_zero: whether it is 0 above and below too.
         g: `Layout.numbers`.
     """
     H, W, top, left, down, across, high, wide = g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]
@@ -46,9 +45,10 @@ def cut(image: Any, plane: Any, at: int, was_zero: bool, g: Any) -> None:
         for r in range(high):
             y, line = first + r * down, (phase * high + r) * wide
             if y < 0 or y >= H:
-                if not was_zero:
-                    plane[line : line + wide] = 0
+                clear(plane, to + size * line, wide)
                 continue
+            # Zeros may reach into what comes after, which is filled after.
+            clear(plane, to + size * line, a)
             x = source + size * (y * W + a * across + beside - left)
             if across == 1:
                 copy(to + size * (line + a), x, size * (b - a))
@@ -56,6 +56,7 @@ def cut(image: Any, plane: Any, at: int, was_zero: bool, g: Any) -> None:
                 every_other(plane, to + size * (line + a), x, b - a)
             else:
                 every(plane, to + size * (line + a), x, b - a, across)
+            clear(plane, to + size * (line + b), wide - b)
 
 
 @compiled
@@ -81,11 +82,12 @@ def add_back(plane: Any, image: Any, at: int, g: Any) -> None:
 
 @compiled
 def flatten(lines: Any, flat: Any, row: int) -> None:
-    """Rows [count, width] to one long row; what lies between them stays."""
-    size = flat.itemsize
+    """Rows [count, width] to one long row, zeros between them and up to a vector beyond."""
+    size, width = flat.itemsize, lines.shape[1]
     for y in range(lines.shape[0]):
-        source = lines.ctypes.data + size * y * lines.shape[1]
-        copy(flat.ctypes.data + size * y * row, source, size * lines.shape[1])
+        to = flat.ctypes.data + size * y * row
+        copy(to, lines.ctypes.data + size * y * width, size * width)
+        clear(flat, to + size * width, row - width)
 
 
 @compiled

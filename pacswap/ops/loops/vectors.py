@@ -49,6 +49,20 @@ def copy(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
 
 
 @intrinsic
+def clear(typingctx: Any, like: Any, to: Any, count: Any) -> Any:
+    """Zeros for so many numbers of the dtype of `like`, and for the rest of the last vector."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Vectors(builder, like.dtype)
+        rounded = builder.add(args[2], _INDEX(emit.lanes - 1))
+        with emit.repeated(builder.sdiv(rounded, _INDEX(emit.lanes))) as i:
+            emit.store(emit.zero(), emit.vector(args[1], i))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64), code
+
+
+@intrinsic
 def every(typingctx: Any, like: Any, to: Any, source: Any, count: Any, step: Any) -> Any:
     """Copy so many numbers of the dtype of `like`, each `step` after the one before."""
 
