@@ -112,7 +112,7 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 k_tap = count * width
                 own = here + size * (inputs * plane + lanes)
                 for t in range(taps):
-                    copy(own + size * t * k_tap, factors + size * t * pixels, size * k_tap)
+                    copy(like, own + size * t * k_tap, factors + size * t * pixels, k_tap)
                 factors = own
             for unit in range(first, last):
                 c0, o, end = unit * inputs, unit * outputs, min((unit + 1) * outputs, C_out)

@@ -51,7 +51,7 @@ def cut(image: Any, plane: Any, at: int, g: Any) -> None:
             clear(plane, to + size * line, a)
             x = source + size * (y * W + a * across + beside - left)
             if across == 1:
-                copy(to + size * (line + a), x, size * (b - a))
+                copy(plane, to + size * (line + a), x, b - a)
             elif across == 2:
                 every_other(plane, to + size * (line + a), x, b - a)
             else:
@@ -86,7 +86,7 @@ def flatten(lines: Any, flat: Any, row: int) -> None:
     size, width = flat.itemsize, lines.shape[1]
     for y in range(lines.shape[0]):
         to = flat.ctypes.data + size * y * row
-        copy(to, lines.ctypes.data + size * y * width, size * width)
+        copy(flat, to, lines.ctypes.data + size * y * width, width)
         clear(flat, to + size * width, row - width)
 
 
@@ -96,4 +96,4 @@ def unflatten(flat: Any, lines: Any, row: int) -> None:
     size = flat.itemsize
     for y in range(lines.shape[0]):
         to = lines.ctypes.data + size * y * lines.shape[1]
-        copy(to, flat.ctypes.data + size * y * row, size * lines.shape[1])
+        copy(flat, to, flat.ctypes.data + size * y * row, lines.shape[1])

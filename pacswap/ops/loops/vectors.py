@@ -37,15 +37,25 @@ def lanes(dtype: torch.dtype) -> int:
 
 
 @intrinsic
-def copy(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
-    """Copy so many bytes from one address to another."""
+def copy(typingctx: Any, like: Any, to: Any, source: Any, count: Any) -> Any:
+    """Copy so many numbers of the dtype of `like` from one address to another."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source = (builder.inttoptr(address, _BYTE.as_pointer()) for address in args[:2])
-        cgutils.raw_memcpy(builder, to, source, args[2], 1)
+        emit = Vectors(builder, like.dtype)
+        _, to, source, count = args
+        lanes = _INDEX(emit.lanes)
+        with builder.if_else(builder.icmp_signed(">=", count, lanes)) as (then, otherwise):
+            with then:
+                with emit.repeated(builder.udiv(count, lanes)) as i:
+                    emit.store(emit.load(emit.vector(source, i)), emit.vector(to, i))
+                # The last vector, of which some were copied already.
+                start = builder.sub(count, lanes)
+                emit.store(emit.load(emit.place(source, start)), emit.place(to, start))
+            with otherwise, emit.repeated(count) as i:
+                emit.move(emit.place(source, 1, i), emit.place(to, 1, i))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), code
+    return types.void(like, types.int64, types.int64, types.int64), code
 
 
 @intrinsic
@@ -55,7 +65,7 @@ def clear(typingctx: Any, like: Any, to: Any, count: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Vectors(builder, like.dtype)
         rounded = builder.add(args[2], _INDEX(emit.lanes - 1))
-        with emit.repeated(builder.sdiv(rounded, _INDEX(emit.lanes))) as i:
+        with emit.repeated(builder.udiv(rounded, _INDEX(emit.lanes))) as i:
             emit.store(emit.zero(), emit.vector(args[1], i))
         return context.get_dummy_value()
 
@@ -86,7 +96,7 @@ def every_other(typingctx: Any, like: Any, to: Any, source: Any, count: Any) -> 
         is_long = builder.icmp_signed(">", count, lanes)
         with builder.if_else(is_long) as (then, otherwise):
             with then:
-                whole = builder.sdiv(builder.sub(count, _INDEX(1)), lanes)
+                whole = builder.udiv(builder.sub(count, _INDEX(1)), lanes)
                 with emit.repeated(whole) as i:
                     at = emit.place(source, 2 * emit.lanes, i)
                     emit.store(emit.of_two(at, 0), emit.vector(to, i))
