@@ -181,7 +181,10 @@ def _kernel_of(
     exponent = d / (-count * width if form == "laplacian" else -2 * count * width**2)
     if not counted.divides:
         # Below that, exp gives subnormal numbers, with which a CPU takes a hundred times as long.
-        return torch.exp(exponent.clamp(min=math.log(torch.finfo(d.dtype).tiny)))
+        least = math.log(torch.finfo(d.dtype).tiny)
+        if exponent.requires_grad:
+            return torch.exp(exponent.clamp(min=least))
+        return exponent.clamp_(min=least).exp_()  # in place: fresh memory takes longer than both
     if counted.as_one is not None:
         exponent = torch.where(counted.as_one, 0.0, exponent)
     if counted.seen is not None:

@@ -158,7 +158,8 @@ def layout(
     size = window.output_size(*image)
     rows = max(least, _CACHE // max(1, numbers * size[1]))
     # Of one height: a small rest would cut as much around it as the others.
-    count = max(blocks, -(-size[0] // rows))
+    # And as many for each thread.
+    count = blocks * -(-size[0] // (rows * blocks))
     return Layout(window, image, size, max(1, -(-size[0] // count)))
 
 
