@@ -157,9 +157,8 @@ def layout(
     """
     size = window.output_size(*image)
     rows = max(least, _CACHE // max(1, numbers * size[1]))
-    # Of one height: a small rest would cut as much around it as the others.
-    # And as many for each thread.
-    count = blocks * -(-size[0] // (rows * blocks))
+    # As many for each thread, of one height: a small rest would cut as much around it as others.
+    count = max(1, blocks * -(-size[0] // (rows * blocks)))
     return Layout(window, image, size, max(1, -(-size[0] // count)))
 
 
