@@ -32,7 +32,7 @@ from pacswap import ops
 from pacswap.errors import BackendError
 from pacswap.ops import backends, make_window, tiles
 from pacswap.ops.backends import Task
-from pacswap.ops.loops import dense, machine_planes, threads
+from pacswap.ops.loops import dense, distance, grouped, machine_grouped, planes, threads
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 
@@ -143,6 +143,14 @@ LARGE = {
 }  # fmt: skip
 
 
+def forget() -> None:
+    """How work was divided before a test changed how it is."""
+    for known in (tiles.tiling, planes.layout, planes.whole):
+        known.cache_clear()
+    for known in (distance.planned, grouped.planned, grouped.planned_back):
+        known.cache_clear()
+
+
 @pytest.fixture(params=["as it is", "small tiles", "two threads", "two threads, small tiles"])
 def division(request, monkeypatch):
     """How the work is divided: into tiles, and among threads."""
@@ -150,13 +158,13 @@ def division(request, monkeypatch):
         for name, value in (("_OUTPUTS", 20), ("_MOST", 900), ("_LEAST", 1)):
             monkeypatch.setattr(tiles, name, value)
         monkeypatch.setattr("pacswap.ops.loops.planes._CACHE", 300)
-    tiles.tiling.cache_clear()
+    forget()
     if "two" in request.param:
         monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
         torch.set_num_threads(2)
     yield request.param
     torch.set_num_threads(1)
-    tiles.tiling.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -215,6 +223,7 @@ def test_a_far_guidance_gives_no_subnormal_numbers():
 
 
 def test_two_threads_of_python_at_once(monkeypatch):
+    forget()
     monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
     names = ["many_channels", "depthwise", "groups", "strided"]
     truths = {name: pac(LARGE[name], LARGE[name].tensors(), "reference") for name in names}
@@ -238,11 +247,13 @@ def test_two_threads_of_python_at_once(monkeypatch):
 def test_without_an_entry_to_openmp_one_thread_does_it_all(monkeypatch):
     monkeypatch.setattr(threads, "_parallel", lambda: None)
     monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+    forget()
     torch.set_num_threads(2)
     assert threads.parts(100, 1 << 30) == 1
     case = LARGE["depthwise"]
     assert_all_close64(pac(case, case.tensors(), "loops"), pac(case, case.tensors(), "reference"))
     torch.set_num_threads(1)
+    forget()
 
 
 def test_torchs_own_threads_are_lent():
@@ -318,7 +329,7 @@ def test_all_is_computed_where_openmp_gives_fewer_threads(setting):
 def test_a_part_that_does_not_come_to_its_end_is_seen(monkeypatch):
     monkeypatch.setattr(threads, "_parallel", lambda: lambda *given: None)
     with pytest.raises(RuntimeError, match="0 of 2 parts of a compiled loop came to their end"):
-        threads.shared(machine_planes.depthwise, IMAGE, 2, 2, [0] * 8)
+        threads.shared(machine_grouped.grouped, IMAGE, 2, 2, [0] * 8)
 
 
 NO_MIRROR = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pacswap.errors import BackendError, nearest_hint, quoted
 from pacswap.ops import eager, reference, taps
-from pacswap.ops.gpu.refusal import why_not_here, why_not_triton
+from pacswap.ops.gpu.refusal import INTERPRETS, why_not_here, why_not_triton
 from pacswap.ops.measure import Measure
 from pacswap.ops.tiles import forward_cost
 from pacswap.ops.transforms import is_forward, is_transformed
@@ -74,7 +74,7 @@ def _why_not_loops(task: Task | None) -> str | None:
     if refusal is not None:
         return refusal
     for tensor in () if task is None else task.tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"its loops run on a CPU, and the tensors are on {tensor.device}"
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its loops read plain tensors, and one is a {type(tensor).__name__}"
@@ -168,6 +168,16 @@ def _chosen(backend: Backend, task: Task | None) -> tuple[str, list[str]]:
     return backend, []
 
 
+def _first(task: Task | None) -> str:
+    """What `auto` takes, without the reasons, which take as long as a small layer."""
+    on_cpu = task is not None and task.tensors[0].is_cpu and not INTERPRETS
+    known = _PREFERRED[1 if on_cpu else 0 :]  # without the GPU programs
+    for name in known[:-1]:
+        if why_not(name, task) is None:
+            return name
+    return known[-1]
+
+
 def _estimate(name: str, task: Task | None) -> str:
     """What a convolution by the loops is estimated to take."""
     if name != "loops" or task is None or task.window is None or len(task.tensors) < 3:
@@ -180,7 +190,7 @@ def _estimate(name: str, task: Task | None) -> str:
 
 def choose(backend: Backend, task: Task | None = None) -> ModuleType:
     """The module that implements the backend that `explain` names."""
-    name = _chosen(backend, task)[0]
+    name = _first(task) if backend == "auto" else _chosen(backend, task)[0]
     if name == "loops":
         # Only here: numba need not be there, and takes long to import.
         from pacswap.ops import loops

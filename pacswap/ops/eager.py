@@ -7,8 +7,6 @@ precisions are computed in float32.
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +17,7 @@ from pacswap.ops.measure import DERIVATIVE, PHI, Measure
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
 
-_ENGINE: Any = sys.modules[__name__]
-tap_distance = partial(handwritten.tap_distance, _ENGINE)
-pac_conv2d = partial(handwritten.pac_conv2d, _ENGINE)
-attach_kernel_gradient = partial(handwritten.attach_kernel_gradient, _ENGINE)
+tap_distance, pac_conv2d, attach_kernel_gradient = handwritten.operations(sys.modules[__name__])
 
 
 def distances(

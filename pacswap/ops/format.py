@@ -17,7 +17,7 @@ def as_convolved(output: Tensor, image: Tensor, weight: Tensor) -> Tensor:
         weight: [C_out, C_in/groups, KH, KW].
     """
     last = any(
-        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
         for t in (image, weight)
     )
     # Models that call `.view` on a convolution's output rely on this.

@@ -6,10 +6,12 @@ for many gradients at once, goes through `taps`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from pacswap.ops import taps
 from pacswap.ops.measure import Measure
@@ -68,7 +70,7 @@ def tap_distance(
 ) -> Tensor:
     """As `reference.tap_distance`; keeps only the guidance and the centre for backward."""
     if _learns(guidance, centre):
-        return _TapDistance.apply(guidance, centre, window, measure, channel_wise, engine)
+        return _apply(_TapDistance, guidance, centre, window, measure, channel_wise, engine)
     return engine.distances(guidance, centre, window, measure, channel_wise)
 
 
@@ -83,7 +85,7 @@ def pac_conv2d(
 ) -> Tensor:
     """As `reference.pac_conv2d`; the output has the memory format that `F.conv2d` would give it."""
     if _learns(input, kernel, weight):
-        output = _PacConv2d.apply(input, kernel, weight, window, groups, engine)
+        output = _apply(_PacConv2d, input, kernel, weight, window, groups, engine)
     else:
         output = engine.convolve(input, kernel, weight, window, groups)
     return output if bias is None else output + bias[:, None, None]
@@ -104,12 +106,33 @@ def attach_kernel_gradient(
     `F.conv2d`, bit for bit, and the kernel still learns. `output` is changed in place (as autograd
     sees it; its values stay).
     """
-    return _KernelGradient.apply(output, input, kernel, weight, window, groups, engine)
+    return _apply(_KernelGradient, output, input, kernel, weight, window, groups, engine)
+
+
+def operations(engine: Any) -> tuple[partial[Tensor], partial[Tensor], partial[Tensor]]:
+    """The three above, of one engine, as a backend has them."""
+    return (
+        partial(tap_distance, engine),
+        partial(pac_conv2d, engine),
+        partial(attach_kernel_gradient, engine),
+    )
 
 
 def _learns(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know: it takes longer than a small layer."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _apply(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    """`function.apply(*given)` without its look at the signature, as long as a small layer takes.
+
+    It binds defaults, of which there are none here, and asks whether torch.func transforms; a
+    compiler knows the method itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*given)
+    given = unwrap_dead_wrappers(given)  # as it does
+    return super(torch.autograd.Function, function).apply(*given)  # type: ignore[misc]
 
 
 class _TapDistance(torch.autograd.Function):

@@ -121,7 +121,8 @@ def adapting_kernel(
     _check_tensors(guidance, window, smoothing, alpha, lambd, channel_wise)
     _check_scalars(bandwidth=bandwidth, blend=blend)
     _check_mask(mask, guidance, window)
-    features = guidance.to(compute_dtype(guidance.dtype))
+    wide = compute_dtype(guidance.dtype)
+    features = guidance if guidance.dtype == wide else guidance.to(wide)
     features = standardized(features) if standardize else features
     features, plane, mask, smoothing = _as_image(features, window, mask, smoothing)
     valid, taps = valid_of(mask, plane)
@@ -131,13 +132,13 @@ def adapting_kernel(
     else:
         measure = _measure(form, asymmetric)
         d = _distance(features, plane, measure, channel_wise, smoothing, backend)
-        d = d / guidance.shape[1] if distance == "mean" and not channel_wise else d
-        kernel = _kernel_of(d, form, bandwidth, alpha, lambd, counted)
+        count = guidance.shape[1] if distance == "mean" and not channel_wise else 1
+        kernel = _kernel_of(d, count, form, bandwidth, alpha, lambd, counted)
     kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
         assert isinstance(plane, Window)  # a mask of a volume is refused
         kernel = masked(kernel, valid, normalize, plane, features.shape[2:])
-    kernel = kernel.to(guidance.dtype)
+    kernel = kernel if kernel.dtype == guidance.dtype else kernel.to(guidance.dtype)
     return kernel if plane is window else kernel.squeeze(-2)
 
 
@@ -155,13 +156,14 @@ def _ones(features: Tensor, window: Window | VolumeWindow, channel_wise: bool) -
 
 def _kernel_of(
     d: Tensor,
+    count: int,
     form: str,
     bandwidth: float | Tensor,
     alpha: float | Tensor,
     lambd: float | Tensor,
     counted: Counted,
 ) -> Tensor:
-    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out].
+    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out], of which the mean is d / count.
 
     If it is to be normalised, K of each window times a factor that makes its largest 1: a window
     far from all that it sees would divide by a sum that is 0 in floating point.
@@ -173,12 +175,16 @@ def _kernel_of(
     )
     if form == "inverse":
         alpha, lambd = _of_channels(alpha, d), _of_channels(lambd, d)
-        kernel = alpha + (d / width**2 + 1e-4) ** (0.5 * lambd)
+        kernel = alpha + (d / (count * width**2) + 1e-4) ** (0.5 * lambd)
         return kernel if counted.as_one is None else torch.where(counted.as_one, 1.0, kernel)
-    exponent = -d / width if form == "laplacian" else -0.5 * d / width**2
+    # One division: a pass over d takes as long as computing a small one.
+    exponent = d / (-count * width if form == "laplacian" else -2 * count * width**2)
     if not counted.divides:
         # Below that, exp gives subnormal numbers, with which a CPU takes a hundred times as long.
-        return torch.exp(exponent.clamp(min=math.log(torch.finfo(d.dtype).tiny)))
+        least = math.log(torch.finfo(d.dtype).tiny)
+        if exponent.requires_grad:
+            return torch.exp(exponent.clamp(min=least))
+        return exponent.clamp_(min=least).exp_()  # in place: fresh memory takes longer than both
     if counted.as_one is not None:
         exponent = torch.where(counted.as_one, 0.0, exponent)
     if counted.seen is not None:

@@ -26,9 +26,11 @@ def check_floating(**tensors: Tensor | None) -> None:
         ShapeError: with every tensor's dtype and device.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    kinds = {(tensor.dtype, tensor.device) for tensor in given.values()}
-    if len(kinds) == 1 and all(tensor.is_floating_point() for tensor in given.values()):
-        return
+    first, *others = given.values()
+    if first.is_floating_point():
+        dtype, device = first.dtype, first.device
+        if all(tensor.dtype == dtype and tensor.device == device for tensor in others):
+            return
     listed = ", ".join(
         f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items()
     )

@@ -252,6 +252,8 @@ def _resolve_padding(
 
 
 def _pair(name: str, value: Size2, *, least: int) -> tuple[int, int]:
+    if type(value) is int and value >= least:
+        return value, value
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
         raise ShapeError(f"{name} must be an int or a pair of ints, got {value!r}.")

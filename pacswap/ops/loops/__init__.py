@@ -6,23 +6,18 @@ Half precisions are computed in float32.
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pacswap.ops import handwritten
 from pacswap.ops.format import as_convolved, unpadded
-from pacswap.ops.loops import dense, depthwise, distance
+from pacswap.ops.loops import dense, distance, grouped
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
 
-_ENGINE: Any = sys.modules[__name__]
-tap_distance = partial(handwritten.tap_distance, _ENGINE)
-pac_conv2d = partial(handwritten.pac_conv2d, _ENGINE)
-attach_kernel_gradient = partial(handwritten.attach_kernel_gradient, _ENGINE)
+tap_distance, pac_conv2d, attach_kernel_gradient = handwritten.operations(sys.modules[__name__])
 
 
 def distances(
@@ -36,7 +31,7 @@ def distances(
     image, plane = _with_border(_raw(guidance), window)
     given = None if centre is None else _raw(centre)
     found = distance.distances(image.contiguous(), given, plane, square=measure == "square")
-    return found.to(guidance.dtype)
+    return found if found.dtype == guidance.dtype else found.to(guidance.dtype)
 
 
 def distance_gradients(
@@ -49,23 +44,24 @@ def distance_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Both ends of each difference."""
     image, plane = _with_border(_raw(guidance), window)
-    given = (None if centre is None else _raw(centre), _raw(grad))
+    given = (None if centre is None else _raw(centre), _raw(grad).contiguous())
     found, back = distance.gradients(image.contiguous(), *given, plane, square=measure == "square")
     found = _without_border(found, guidance, window).to(guidance.dtype)
     return found, None if back is None else back.to(guidance.dtype)
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
-    """Depthwise plane by plane, else by matrix products."""
+    """Groups of few channels plane by plane, else by matrix products."""
     K, W = (_raw(tensor).contiguous() for tensor in (kernel, weight))
     image, plane = _with_border(_raw(input), window)
     size = window.output_size(input.shape[-2], input.shape[-1])
     output = image.new_empty(input.shape[0], weight.shape[0], *size)
-    if weight.shape[1] == 1:
-        depthwise.convolve(image.contiguous(), K, W, output, plane)
+    if grouped.fits(weight, groups):
+        grouped.convolve(image.contiguous(), K, W, output, plane, groups)
     else:
         dense.convolve(image.contiguous(), K, W, output, plane, groups)
-    return as_convolved(output.to(input.dtype), image, weight)
+    output = output if output.dtype == input.dtype else output.to(input.dtype)
+    return as_convolved(output, image, weight)
 
 
 def gradients(
@@ -81,7 +77,7 @@ def gradients(
     image = image.contiguous()
     found: tuple[Tensor | None, ...]
     if W.shape[1] == 1:
-        found = depthwise.gradients(image, K, W, dY, plane)
+        found = grouped.depthwise_gradients(image, K, W, dY, plane)
     else:
         found = dense.gradients(image, K, W, dY, plane, groups, needed)
     grads = [None if g is None or not need else g for g, need in zip(found, needed, strict=True)]
@@ -95,7 +91,10 @@ def _raw(tensor: Tensor) -> Tensor:
     wide = compute_dtype(tensor.dtype)
     if torch._is_zerotensor(tensor):
         return torch.zeros(tensor.shape, dtype=wide, device="cpu")
-    return tensor.detach().to(wide).resolve_neg()
+    tensor = tensor.detach()
+    if tensor.dtype == wide and not tensor.is_neg():
+        return tensor
+    return tensor.to(wide).resolve_neg()
 
 
 def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:

@@ -1,18 +1,26 @@
 """How far each tap's features are from the centre's: half of the taps where the others mirror them.
 
 d(p, q) = d(q, p): in a window that is symmetric about its centre and moves pixel by pixel, what a
-tap differs from the centre is found again where the roles are exchanged.
+tap differs from the centre is found again where the roles are exchanged. What the loops read by raw
+addresses is held by names here until they have come to their end.
 """
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from pacswap.ops.loops import machine_planes as machine
-from pacswap.ops.loops.planes import Layout, layout
+from pacswap.ops.loops import machine_distance as machine
+from pacswap.ops.loops.planes import Layout, Plan, layout, whole
 from pacswap.ops.loops.threads import described, parts, shared
+from pacswap.ops.loops.vectors import lanes
 from pacswap.ops.window import Window
+
+_AT_ONCE = 4  # taps, and backward channels
+_VECTORS = 2  # that loops read at once, perhaps beyond what is computed
 
 
 def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square: bool) -> Tensor:
@@ -27,27 +35,55 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
     Returns:
         [B, 1, KH*KW, H_out, W_out].
     """
-    B, D, *image = guidance.shape
-    if D == 0:
-        return guidance.new_zeros(B, 1, window.taps, *window.output_size(image[0], image[1]))
-    halves = centre is None and _mirrors(window)
+    shape, dtype = tuple(guidance.shape), guidance.dtype
+    plan = planned(window, shape, dtype, centre is None, torch.get_num_threads())
+    output = guidance.new_empty(shape[0], 1, window.taps, *plan.lie.size)
+    if shape[1] == 0:
+        return output.zero_()
+    room = guidance.new_empty(plan.threads, plan.room)
+    apart = None if centre is None else plan.lie.outputs(centre, _VECTORS * lanes(dtype))
+    given = (
+        guidance.data_ptr(), *shape, 0 if apart is None else apart.data_ptr(), output.data_ptr(),
+        shape[0], *output.shape[2:], *described(room), square, *plan.numbers,
+    )  # fmt: skip
+    shared(machine.distances, guidance, plan.units, plan.threads, given)
+    return output
+
+
+@lru_cache(maxsize=256)
+def planned(
+    window: Window, shape: tuple[int, ...], dtype: torch.dtype, is_own: bool, cores: int
+) -> Plan:
+    """The plan of `distances`.
+
+    Args:
+        window: its window.
+        shape: of its guidance.
+        dtype: of its guidance.
+        is_own: whether the centre is a tap's.
+        cores: that torch may use.
+    """
+    B, D, H, W = shape
+    halves = is_own and _mirrors(window)
     reach = window.dilation[0] * (window.kernel_size[0] // 2)
     # What is computed beyond a block to mirror it is lost: let it be a small part.
-    numbers = guidance.numel() * window.taps // (2 if halves else 1)
+    numbers = math.prod(shape) * window.taps // (2 if halves else 1)
     each = -(-parts(numbers, numbers) // max(1, B))
     least = 4 * reach if halves else 1
-    lie = layout(window, (image[0], image[1]), numbers=D, least=least, blocks=each)
-    offsets = lie.offsets
-    output = guidance.new_empty(B, window.taps, *lie.size)
-    blocks = B * -(-lie.size[0] // lie.rows)
-    threads = parts(blocks, numbers)
-    beyond = offsets[window.centre] - offsets[0] if halves else 0
-    room = guidance.new_empty(threads, D * lie.plane + lie.rows * lie.row + beyond)
-    arrays = (guidance, _apart(lie, guidance, centre), output, room)
-    given = [number for array in arrays for number in described(array)]
-    given += [*lie.numbers, lie.rows, window.centre if centre is None else -1]
-    shared(machine.distances, guidance, blocks, threads, [*given, square, halves, *offsets])
-    return output.unsqueeze(1)
+    phases = math.prod(window.stride)
+    channels, sums = min(D, machine.CHANNELS), window.centre if halves else window.taps
+    numbers_each = channels * phases + sums
+    lie = layout(window, (H, W), numbers=numbers_each, least=least, blocks=each)
+    count = B * -(-lie.size[0] // lie.rows)
+    beyond = lie.offsets[window.centre] - lie.offsets[0] if halves else 0
+    wide = lanes(dtype)
+    stretch = lie.rows * lie.row + beyond + _VECTORS * wide
+    room = channels * lie.stride + _VECTORS * wide + sums * stretch
+    told = (
+        stretch, wide, lie.stride, lie.rows, window.centre if is_own else -1, halves, lie.address,
+        *lie.numbers,
+    )  # fmt: skip
+    return Plan(lie, count, parts(count, numbers), room, told)
 
 
 def gradients(
@@ -58,49 +94,62 @@ def gradients(
     Args:
         guidance: as in `distances`, like `centre` and `window`.
         centre: f_p or None.
-        grad: of the distances, [B, 1, KH*KW, H_out, W_out], in the features' dtype.
+        grad: of the distances, [B, 1, KH*KW, H_out, W_out], contiguous, in the features' dtype.
         window: the window.
         square: as in `distances`.
     """
-    size = (grad.shape[-2], grad.shape[-1])
-    lie = Layout(window, (guidance.shape[2], guidance.shape[3]), size, size[0])
-    channels = guidance.shape[0] * guidance.shape[1]
-    threads = parts(channels, grad.numel() * guidance.shape[1])
-    halves = centre is None and _mirrors(window)
-    pulls = _pulls(lie, grad[:, 0], window) if halves else lie.outputs(grad[:, 0])
-    apart = _apart(lie, guidance, centre)
-    found, found_apart = torch.zeros_like(guidance), torch.zeros_like(apart)
-    room = guidance.new_empty(threads, 2 * lie.plane)
-    arrays = (guidance, apart, pulls, found, found_apart, room)
-    given = [number for array in arrays for number in described(array)]
-    given += [*lie.numbers, window.centre if centre is None else -1, square, halves, *lie.offsets]
+    B, D, H, W = guidance.shape
+    lie = whole(window, (H, W))
+    if centre is None and _mirrors(window):
+        return _mirrored_gradients(guidance, grad[:, 0], lie, square), None
+    size = (B, D, lie.size[0] * lie.row)
+    pulls = lie.outputs(grad[:, 0], 0)
+    found = torch.zeros_like(guidance)
+    apart = found_apart = guidance.new_empty(0)
+    if centre is not None:
+        apart = lie.outputs(centre, 0)
+        found_apart = torch.zeros_like(apart)
+    channels = B * D
+    threads = parts(channels, grad.numel() * D)
+    room = guidance.new_empty(threads, 2 * lie.plane + lanes(guidance.dtype))
+    given = (
+        *described(guidance), apart.data_ptr(), *size, pulls.data_ptr(), B, window.taps, size[2],
+        *described(found), found_apart.data_ptr(), *described(room),
+        window.centre if centre is None else -1, square, lie.address, lie.plane,
+        *lie.numbers,
+    )  # fmt: skip
     shared(machine.distance_gradients, guidance, channels, threads, given)
-    return found, None if centre is None else lie.sized(found_apart)
+    return found, None if centre is None else lie.sized(found_apart, centre.shape)
 
 
-def _apart(lie: Layout, guidance: Tensor, centre: Tensor | None) -> Tensor:
-    """f_p, [B, D, H_out·row]; nothing where it is a tap."""
-    return guidance.new_empty(0, 0, 0) if centre is None else lie.outputs(centre)
+def _mirrored_gradients(guidance: Tensor, grad: Tensor, lie: Layout, square: bool) -> Tensor:
+    """For the features, where each tap has an opposite one; grad is [B, taps, H_out, W_out]."""
+    B, D = guidance.shape[:2]
+    found, wide = torch.zeros_like(guidance), lanes(guidance.dtype)
+    others = lie.window.taps - 1
+    if others == 0:
+        return found
+    pulls = guidance.new_zeros(B * others * lie.plane + _VECTORS * wide)
+    given: tuple[int, ...] = (
+        *described(grad), pulls.data_ptr(), B * others, lie.plane, lie.window.centre, lie.row,
+        lie.address,
+    )  # fmt: skip
+    threads = parts(B * others, pulls.numel())
+    shared(machine.both_ends, guidance, B * others, threads, given)
+    blocks = B * -(-D // _AT_ONCE)
+    threads = parts(blocks, grad.numel() * D)
+    plane = lie.stride + lie.farthest
+    stretch = lie.plane + _VECTORS * wide
+    size = lie.farthest + _AT_ONCE * plane + _VECTORS * wide + _AT_ONCE * stretch
+    room = guidance.new_empty(threads, size)
+    given = (
+        *described(guidance), pulls.data_ptr(), others, *described(found), *described(room),
+        wide, lie.farthest, plane, lie.plane, square, lie.address_from_centre, *lie.numbers,
+    )  # fmt: skip
+    shared(machine.mirrored_gradients, guidance, blocks, threads, given)
+    return found
 
 
 def _mirrors(window: Window) -> bool:
     """Whether each tap has an opposite one, and each pixel is a centre."""
     return window.stride == (1, 1) and all(side % 2 == 1 for side in window.kernel_size)
-
-
-def _pulls(lie: Layout, grad: Tensor, window: Window) -> Tensor:
-    """For each pixel of a plane and each tap, the gradients of the two differences that they share.
-
-    Of its own difference from that tap, and of the opposite tap's centre's from it. [B, taps,
-    plane].
-    """
-    taps, places = window.taps, list(window.slices(lie.size))
-    pulls = grad.new_zeros(grad.shape[0], taps, *lie.phase)
-    for t in range(taps):
-        if t == window.centre:
-            continue
-        rows, columns = places[window.centre]
-        pulls[:, t, rows, columns] += grad[:, t]
-        rows, columns = places[taps - 1 - t]
-        pulls[:, t, rows, columns] += grad[:, taps - 1 - t]
-    return pulls.flatten(2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import numpy as np
 from torch import Tensor
 
 from pacswap.ops.window import Window
@@ -74,21 +77,69 @@ class Layout:
         return found
 
     @cached_property
+    def stride(self) -> int:
+        """Numbers from plane to plane: an odd number of lines of a cache, which divides it well."""
+        lines = -(-self.plane // _LINE)
+        return _LINE * (lines + 1 - lines % 2)
+
+    @cached_property
+    def address(self) -> int:
+        """Of the offsets, in memory that lives as long as this layout."""
+        return self._arrays[0].ctypes.data
+
+    @cached_property
+    def address_from_centre(self) -> int:
+        """Of the offsets from the centre's, without its own; likewise."""
+        return self._arrays[1].ctypes.data
+
+    @cached_property
+    def farthest(self) -> int:
+        """The largest offset from the centre's."""
+        return int(self._arrays[1].max(initial=0))
+
+    @cached_property
+    def _arrays(self) -> tuple[Any, Any]:
+        offsets, centre = np.array(self.offsets, dtype=np.int64), self.window.centre
+        return offsets, np.delete(offsets, centre) - offsets[centre]
+
+    @cached_property
     def numbers(self) -> tuple[int, ...]:
         """What a compiled loop needs to know of it, in the order of `machine_planes.cut`."""
         left, _, top, _ = self.window.border(*self.image)
-        return (*self.image, top, left, *self.window.stride, *self._seen, *self.phase)
+        return (*self.image, top, left, *self.window.stride, *self.phase)
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """[.., H_out, W_out] to contiguous [.., H_out·row], zeros between the rows."""
-        return F.pad(x, (0, self.row - self.size[1])).contiguous().flatten(-2)
+    def outputs(self, x: Tensor, slack: int) -> Tensor:
+        """[.., H_out, W_out] as long rows, zeros between them and `slack` at the end, one flat."""
+        flat = x.new_zeros(x.shape[:-1].numel() * self.row + slack)
+        self.sized(flat, x.shape).copy_(x)
+        return flat
 
-    def sized(self, flat: Tensor) -> Tensor:
-        """The inverse of `outputs`, a view."""
-        return flat.unflatten(-1, (self.size[0], self.row))[..., : self.size[1]]
+    def sized(self, flat: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `outputs`, a view of that shape."""
+        *lines, width = shape
+        return flat[: math.prod(lines) * self.row].view(*lines, self.row)[..., :width]
+
+
+class Plan(NamedTuple):
+    """How the work of a call is divided.
+
+    Attributes:
+        lie: the layout of its planes.
+        units: that are divided among threads.
+        threads: that share it.
+        room: numbers of memory that each needs.
+        numbers: what the loops are told.
+    """
+
+    lie: Layout
+    units: int
+    threads: int
+    room: int
+    numbers: tuple[int, ...]
 
 
 _CACHE = 1 << 17  # 512 KB of float32
+_LINE = 16
 
 
 @lru_cache(maxsize=256)
@@ -106,4 +157,13 @@ def layout(
     """
     size = window.output_size(*image)
     rows = max(least, _CACHE // max(1, numbers * size[1]))
-    return Layout(window, image, size, max(1, min(rows, -(-size[0] // blocks))))
+    # As many for each thread, of one height: a small rest would cut as much around it as others.
+    count = max(1, blocks * -(-size[0] // (rows * blocks)))
+    return Layout(window, image, size, max(1, -(-size[0] // count)))
+
+
+@lru_cache(maxsize=256)
+def whole(window: Window, image: tuple[int, int]) -> Layout:
+    """The layout with all rows at once."""
+    size = window.output_size(*image)
+    return Layout(window, image, size, size[0])
