@@ -41,7 +41,7 @@ def heads_of(
     if len(found) != 1:
         return None
     heads, around = found.pop()
-    if around is None or _lie_by_image(layer, around, modules, seen, heads):
+    if heads is None or around is None or _lie_by_image(layer, around, modules, seen, heads):
         return heads
     return None
 
@@ -77,8 +77,9 @@ def _lie_by_image(
     Of two images the last number of the second is marked. A mark reaches what is computed from it:
     with heads all maps of the second image, with windows only the one that it lies in.
     """
-    if not layer.startswith(f"{around}."):
-        return False  # it is registered elsewhere, and runs here
+    given = seen.arguments.get((around, "forward"))
+    if given is None or not layer.startswith(f"{around}."):
+        return False  # another method runs, or what is registered elsewhere
     attention = skeleton(modules[around], meta=False).eval()
     attention = filled(attention).to("cpu", torch.float64)
     reached: list[Tensor] = []
@@ -88,9 +89,8 @@ def _lie_by_image(
         raise _Reached
 
     attention.get_submodule(layer.removeprefix(f"{around}.")).register_forward_pre_hook(note)
-    args, kwargs = seen.arguments[around, "forward"]
-    batch = args[0].shape[0]
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: _two(t, batch), (args, kwargs))
+    batch = given[0][0].shape[0]
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: _two(t, batch), given)
     args[0][1].view(-1)[-1] = math.nan
     try:
         with torch.no_grad(), kept_random():
