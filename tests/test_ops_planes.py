@@ -44,6 +44,7 @@ CASES = {
     "a_vector_and_one": Case(padding=1, groups=7, channels=(7, 7), image=(1, 3, 17)),
     "two_outputs_each": Case(7, padding=3, groups=6, channels=(6, 12), image=(2, 9, 11)),
     "three_of_a_group": Case(stride=2, padding=1, groups=3, channels=(9, 15), image=(2, 18, 35)),
+    "a_group_for_two_threads": Case(padding=1, groups=2, channels=(6, 22), image=(1, 9, 17)),
     "eight_of_a_group": Case(5, padding=2, groups=4, channels=(32, 32), image=(1, 14, 14)),
     "dilated_beyond": Case(padding=9, dilation=9, groups=4, channels=(4, 4), image=(1, 7, 8)),
     "in_steps_of_three": Case(stride=3, padding=1, groups=4, channels=(4, 4), image=(2, 20, 61)),

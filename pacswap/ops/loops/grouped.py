@@ -72,7 +72,10 @@ def planned(
     groups = C_in // each
     apart = each == 1 and C_in == C_out
     inputs, outputs = (_AT_ONCE, _AT_ONCE) if apart else (each, C_out // groups)
-    units = -(-C_in // inputs)
+    # Where there are fewer groups than cores, several share one.
+    divided = 1 if apart else max(1, min(-(-outputs // _AT_ONCE), -(-cores // groups)))
+    share = -(-outputs // (divided * _AT_ONCE)) * _AT_ONCE
+    units = -(-C_in // inputs) * divided
     numbers = window.taps + inputs * math.prod(window.stride)
     lie = layout(window, (H, W), numbers=numbers)
     # The last row is read a vector long: of a narrow image, from memory of its own.
@@ -80,8 +83,8 @@ def planned(
     factors = window.taps * lie.rows * lie.size[1] + wide if narrow else 0
     room = inputs * lie.stride + wide + factors + 2 * _AT_ONCE * wide
     told = (
-        each, window.taps, inputs, outputs, apart, wide, lie.stride, lie.rows, lie.address,
-        *lie.numbers,
+        each, window.taps, inputs, outputs, divided, share, apart, wide, lie.stride, lie.rows,
+        lie.address, *lie.numbers,
     )  # fmt: skip
     threads = parts(units, B * C_out * math.prod(lie.size) * window.taps * each)
     return Plan(lie, units, threads, room, told)

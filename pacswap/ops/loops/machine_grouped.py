@@ -86,12 +86,13 @@ def put(aside: Any, lanes: int, output: Any, top: int, rows: int) -> None:
 def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """output[b, o, p] = Σ_c Σ_t w[o, c, t] · K[b, t, p] · v[b, c, p + t], c of o's group.
 
-    For units `first` to `last`, which have inputs and outputs of their own. `given`: v [B, C_in, H,
+    For units `first` to `last`: the outputs of a group, or a part of them. `given`: v [B, C_in, H,
     W]; addresses of K [B, taps, H_out, W_out] and w [C_out, C_in/G, taps]; output [B, C_out, H_out,
-    W_out]; room [threads, planes of a unit, a vector, K of some rows and a vector if a row
-    is shorter than that, 8 vectors]; then C_in/G, taps, inputs and outputs of a unit, whether
-    output o sees input o alone, numbers of a vector, numbers from plane to plane, rows that are
-    computed at once, the address of the offsets of the taps, and `Layout.numbers`.
+    W_out]; room [threads, planes of a group, a vector, K of some rows and a vector if a row is
+    shorter than that, 8 vectors]; then C_in/G, taps, inputs and outputs of a group (if output o
+    sees input o alone, of 4 of them), its parts, outputs of a part, whether that is so, numbers of
+    a vector, numbers from plane to plane, rows that are computed at once, the address of the
+    offsets of the taps, and `Layout.numbers`.
 
     In an image that is narrower than a vector, a row ends in the next one, which is written after.
     """
@@ -99,8 +100,8 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
     output = carray(pointer(g[7]), (g[8], g[9], g[10], g[11]), like.dtype)
     room = carray(pointer(g[12]), (g[13], g[14]), like.dtype)[thread]
-    each, taps, inputs, outputs, apart, lanes, plane, rows = g[15:23]
-    lie, (C_out, height, width) = g[24:], output.shape[1:]
+    each, taps, inputs, outputs, parts, share, apart, lanes, plane, rows = g[15:25]
+    lie, (C_out, height, width) = g[26:], output.shape[1:]
     pixels, row, aside = height * width, lie[7], room.size - 8 * lanes
     here, ahead = g[12] + size * thread * room.size, lanes if width > lanes else 2 * width
     for b in range(image.shape[0]):
@@ -115,13 +116,15 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     copy(like, own + size * t * k_tap, factors + size * t * pixels, k_tap)
                 factors = own
             for unit in range(first, last):
-                c0, o, end = unit * inputs, unit * outputs, min((unit + 1) * outputs, C_out)
+                c0, o0 = unit // parts * inputs, unit // parts * outputs
+                o = o0 + unit % parts * share
+                end = min(o + share, o0 + outputs, C_out)
                 for c in range(c0, min(c0 + inputs, image.shape[1])):
                     v = room[(c - c0) * plane : (c - c0 + 1) * plane]
                     cut(image[b, c], v, top, lie)
                 while o < end:
                     many = 4 if end - o >= 4 else 1
-                    start = (o - unit * outputs) * plane if apart else 0
+                    start = (o - o0) * plane if apart else 0
                     for y in range(top, top + count, 2):
                         y0 = max(top, min(y, top + count - 2))
                         # The last rows of an image would end in another one.
@@ -138,7 +141,7 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                                 factors + size * (at - top * width),
                                 g[6] + size * o * each * taps,
                                 into,
-                                g[23],
+                                g[25],
                             )
                             steps = (
                                 plane, second * row, k_tap, second * width, each * taps, taps,
