@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -126,13 +127,17 @@ def results(case: Case, kind: str, given: dict[str, Tensor], backend: str) -> di
     return {"kernel": kernel.detach(), **named}
 
 
+@functools.cache
+def looped(case: Case, kind: str) -> Tensor:
+    given = drawn(case, kind)
+    return looped_kernel(given["guidance"], case.window, **options_of(case, kind, given))
+
+
 @every_backend
 @all_kinds
 @all_places
 def test_kernel_is_what_loops_over_pixels_make(case, kind, backend):
-    given = drawn(case, kind)
-    truth = looped_kernel(given["guidance"], case.window, **options_of(case, kind, given))
-    assert_close64(kernel_of(case, kind, given, backend), truth)
+    assert_close64(kernel_of(case, kind, drawn(case, kind), backend), looped(case, kind))
 
 
 OTHERS: dict[str, Any] = {
@@ -164,12 +169,17 @@ def test_the_loops_see_another_option(kind, name):
         )
 
 
+@functools.cache
+def by_reference(case: Case, kind: str) -> dict[str, Tensor]:
+    return results(case, kind, drawn(case, kind), "reference")
+
+
 @all_backends
 @all_kinds
 @all_places
 def test_backend_is_the_reference_in_float64(case, kind, backend):
-    given = drawn(case, kind)
-    assert_all_close64(results(case, kind, given, backend), results(case, kind, given, "reference"))
+    found = results(case, kind, drawn(case, kind), backend)
+    assert_all_close64(found, by_reference(case, kind))
 
 
 @all_backends
