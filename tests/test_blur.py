@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numerics import assert_equal
 from torch import Tensor, nn
 from torch.export import Dim
 
 import pacswap
 from pacswap.nn import PacCRF, PacFilter2d, PairwiseKernel
 from pacswap.nn.blur import reduced, restored
-from tests.numerics import assert_equal
 
 SIZES = [(12, 16), (13, 17), (12, 17), (13, 16), (14, 15)]
 

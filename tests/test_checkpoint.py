@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import safetensors.torch
 import timm
@@ -156,10 +154,8 @@ def test_a_fresh_process_needs_nothing_of_ours(in_a_folder):
         "logits = pacswap.load('model')(expected['images'])\n"
         "print(torch.equal(logits, expected['logits']), torch.equal(logits, logits + 1e-3))\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", code]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", "False"]
+    run = fresh.run("-I", "-c", code)
+    assert run.stdout.split() == ["True", "False"], run.stderr
 
 
 @pytest.mark.parametrize(

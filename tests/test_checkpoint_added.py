@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import safetensors
 import safetensors.torch
@@ -362,10 +360,8 @@ def test_two_processes(shipped):
         "logits = pacswap.load('m')(expected['images'])\n"
         "print(torch.equal(logits, expected['logits']), torch.equal(logits, logits + 1e-3))\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", "False"]
+    run = fresh.run("-c", code)
+    assert run.stdout.split() == ["True", "False"], run.stderr
 
 
 def test_the_same_model_gives_the_same_files(shipped):

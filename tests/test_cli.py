@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -31,7 +31,6 @@ swap:
   - layers: head.conv
     guidance: {from: layer1, channels: 4}
 """
-CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 @pytest.fixture(autouse=True)
@@ -231,20 +230,16 @@ def test_json_is_plain_text_and_tables_survive_any_locale(monkeypatch):
 SCRIPT = Path(sys.executable).with_name("pacswap")
 
 
-def in_a_process(*command: str, **streams: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, text=True, check=False, **streams)
-
-
 def test_python_m_pacswap():
-    run = in_a_process(sys.executable, "-m", "pacswap", "plan", "r.yaml", "--json", **CAPTURED)
+    run = fresh.run("-m", "pacswap", "plan", "r.yaml", "--json")
     assert (run.returncode, run.stderr) == (0, "")
     assert json.loads(run.stdout)["layers"][0]["name"] == "head.conv"
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason=f"pacswap is not installed beside {SCRIPT.parent}")
 def test_the_console_script():
-    run = in_a_process(str(SCRIPT), "plan", "r.yaml", "model.nam=x", **CAPTURED)
+    command = [str(SCRIPT), "plan", "r.yaml", "model.nam=x"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == (
         "pacswap: override 'model.nam=x': model.nam: unknown key. Nearest: 'name'.\n"
@@ -252,11 +247,10 @@ def test_the_console_script():
 
 
 def test_a_closed_pipe_is_no_error():
-    command = [sys.executable, "-m", "pacswap", "ls", "recipes"]
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:  # noqa: PTH123 (a descriptor, not a path)
-        run = in_a_process(*command, stdout=pipe, stderr=subprocess.PIPE)
+        run = fresh.run("-m", "pacswap", "ls", "recipes", stdout=pipe)
     assert (run.returncode, run.stderr) == (1, "")
 
 

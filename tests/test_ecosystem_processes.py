@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import socket
-import subprocess
-import sys
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from ecosystem import NETWORKS, images
@@ -39,29 +38,37 @@ def gradients(model: nn.Module, batch: Tensor) -> dict[str, Tensor | None]:
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
 
 
-def _rank(rank: int, name: str, blend: float, port: int, file: str) -> None:
+BLENDS = [0.0, 0.5]
+
+
+def learn(folder: str) -> None:
+    """What one of two processes does, for all cases: it saves its gradients."""
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    model = frozen_norms(NETWORKS[name].upgraded(blend))
-    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     batch = images(batch=4)[2 * rank : 2 * rank + 2]
-    for _ in range(2):  # the second pass is where a parameter that was left out is noticed
-        wrapped.zero_grad()
-        found = gradients(wrapped, batch)
-    torch.save(found, f"{file}.{rank}")
+    for name, blend in product(FED, BLENDS):
+        model = frozen_norms(NETWORKS[name].upgraded(blend))
+        wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+        for _ in range(2):  # the second pass is where a parameter that was left out is noticed
+            wrapped.zero_grad()
+            found = gradients(wrapped, batch)
+        torch.save(found, f"{folder}/{name}.{blend}.{rank}")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("blend", [0.0, 0.5])
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learnt")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_ecosystem_processes as here"
+    fresh.run_pair("-c", f"{code}; here.learn(sys.argv[2])", str(HERE), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("blend", BLENDS)
 @pytest.mark.parametrize("name", FED)
-def test_two_processes_learn_what_one_does(name: str, blend: float, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    file = str(tmp_path / "gradients")
-    torch.multiprocessing.spawn(_rank, (name, blend, port, file), nprocs=2)
-    first, second = (torch.load(f"{file}.{rank}") for rank in (0, 1))
+def test_two_processes_learn_what_one_does(name: str, blend: float, learnt: Path) -> None:
+    first, second = (torch.load(learnt / f"{name}.{blend}.{rank}") for rank in (0, 1))
     model = frozen_norms(NETWORKS[name].upgraded(blend))
     expected = gradients(model, images(batch=4))
     assert [key for key, grad in first.items() if grad is None] == []
@@ -89,12 +96,18 @@ def alone(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("name", FED)
+# What is spawned imports all again: one network that is pickled is enough here.
+@pytest.mark.parametrize(
+    ("name", "context"), [*((name, "fork") for name in FED), ("relayed", "spawn")]
+)
 def test_workers_of_a_data_loader_run_it(name: str, context: str) -> None:
     model = NETWORKS[name].upgraded(0.5)
     loader = DataLoader(
-        Features(model), 2, num_workers=2, multiprocessing_context=context, worker_init_fn=alone
+        Features(model),
+        2,
+        num_workers=1 if context == "spawn" else 2,
+        multiprocessing_context=context,
+        worker_init_fn=alone,
     )
     with torch.no_grad():
         assert_same(model(images(batch=4)), torch.cat(list(loader)))
@@ -146,7 +159,8 @@ def test_a_fresh_process_unpickles_it(name: str, tmp_path: Path) -> None:
     torch.save(model, files[0])
     torch.save(batch, files[1])
     code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{READER}"
-    subprocess.run([sys.executable, "-c", code, *files], check=True)
+    reader = fresh.run("-c", code, *files)
+    assert reader.returncode == 0, reader.stderr
     with torch.no_grad():
         assert_same(model(batch), torch.load(files[2]), tolerance=0)
 

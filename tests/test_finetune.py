@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -257,10 +255,8 @@ def test_a_model_directory_that_was_not_trained(here, capsys):
 # Killed and resumed.
 
 
-def started(*args: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pacswap", "finetune", *args]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+def started(*args: str) -> fresh.Process:
+    return fresh.start("-m", "pacswap", "finetune", *args)
 
 
 LONG = ["r.yaml", "finetune.stages[0].steps=40", "finetune.checkpoint.every=1", "-o", "run"]
@@ -300,9 +296,9 @@ def test_ctrl_c_ends_in_words_and_can_be_resumed(here):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
-    words = error.decode().strip().splitlines()[-1]
+    words = error.strip().splitlines()[-1]
     assert "--resume" in words
-    assert "Traceback" not in error.decode()
+    assert "Traceback" not in error
     assert list(Path("run/seed-0/upgraded/checkpoints").glob("step-*"))
 
 

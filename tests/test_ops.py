@@ -10,6 +10,7 @@ from numerics import (
     CASES,
     DIFFERS,
     HALVES,
+    ONE_DIRECTION,
     Case,
     all_backends,
     all_cases,
@@ -148,13 +149,13 @@ def chain(case: Case, backend: str) -> tuple[Any, list[Tensor]]:
 @all_backends
 @tiny_cases
 def test_gradcheck(case, backend):
-    gradcheck(*chain(case, backend), fast_mode=True)
+    gradcheck(*chain(case, backend), **ONE_DIRECTION)
 
 
 @all_backends
 @tiny_cases
 def test_gradgradcheck(case, backend):
-    gradgradcheck(*chain(case, backend), fast_mode=True)
+    gradgradcheck(*chain(case, backend), **ONE_DIRECTION)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "kernel", "weight"])
@@ -167,7 +168,7 @@ def test_gradcheck_sees_a_wrong_gradient(which, monkeypatch):
 
     monkeypatch.setattr(eager, "gradients", wrong)
     with pytest.raises(GradcheckError):
-        gradcheck(*chain(TINY["plain"], "eager"), fast_mode=True)
+        gradcheck(*chain(TINY["plain"], "eager"), **ONE_DIRECTION)
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck], ids=["first", "second"])
@@ -181,10 +182,10 @@ def test_gradgradcheck_sees_a_wrong_second_derivative(check, monkeypatch):
     monkeypatch.setattr(handwritten, "differentiable_vjp", wrong)
     function, inputs = chain(TINY["plain"], "eager")
     if check is gradcheck:  # which never asks for a second derivative
-        check(function, inputs, fast_mode=True)
+        check(function, inputs, **ONE_DIRECTION)
     else:
         with pytest.raises(GradcheckError):
-            check(function, inputs, fast_mode=True)
+            check(function, inputs, **ONE_DIRECTION)
 
 
 def derivatives(case: Case, given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import models as m
 import pytest
 import refusals as r
@@ -116,7 +115,8 @@ def test_a_pickle_is_read_in_another_process(tmp_path: Path) -> None:
         "assert torch.equal(model(x), y)"
     )
     here = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", code, here, str(tmp_path / "model.pt")], check=True)
+    reader = fresh.run("-c", code, here, str(tmp_path / "model.pt"))
+    assert reader.returncode == 0, reader.stderr
 
 
 def test_images_that_were_filtered_are_as_before() -> None:

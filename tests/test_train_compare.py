@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from numerics import DIFFERS, assert_close64
 from torch import Tensor
 
 from pacswap.errors import DataError
@@ -20,7 +21,6 @@ from pacswap.train.measure.statistics import (
     t_interval,
     t_quantile,
 )
-from tests.numerics import DIFFERS, assert_close64
 
 CLASSES = ("sky", "road", "pole")
 BELOW_0, AROUND_0, ABOVE_0 = Interval(-0.02, -0.01), Interval(-0.01, 0.02), Interval(0.01, 0.02)

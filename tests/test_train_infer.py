@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
+from numerics import DIFFERS, assert_close64, assert_equal
 from torch import Tensor, nn
 
 from pacswap.errors import TrainingError
 from pacswap.recipes import EvaluateSection
 from pacswap.train.measure.infer import _places, evaluate, normalized, predict, share
 from pacswap.train.measure.metrics import Scores, count
-from tests.numerics import DIFFERS, assert_close64, assert_equal
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CLASSES = ("dark", "grey", "bright")
@@ -304,7 +301,7 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from tests.test_train_infer import *
+from test_train_infer import *
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -334,35 +331,9 @@ class Last(nn.Module):
         return given["out"] * self.scale
 
 
-def run_pair(script: str, *arguments: str) -> None:
-    """Run a script in two processes that meet on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = Path(__file__).parents[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    common = {**os.environ, **meeting, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=240)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
-            run.wait()
-
-
-def test_two_processes_share_the_pictures_and_agree(tmp_path):
-    run_pair(WORKER, str(tmp_path))
+def test_two_processes_share_the_pictures_and_agree(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    fresh.run_pair("-c", WORKER, str(tmp_path))
     alone = measured(Drawn(SIZES))
     for rank in range(2):
         found = Scores.read(tmp_path / f"{rank}.scores")

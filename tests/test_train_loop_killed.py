@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -54,16 +52,12 @@ SHARED: dict[str, Any] = {
 
 def work(*runs: dict[str, Any], processes: int = 1) -> None:
     """Train in other processes; raise with what they said where that fails."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launch = [sys.executable, *(several if processes > 1 else [])]
-    done = subprocess.run(
-        [*launch, str(WORKER), json.dumps(runs, default=str)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = str(WORKER), json.dumps(runs, default=str)
+    if processes == 2:
+        fresh.run_pair(*command)
+    else:
+        done = fresh.run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def found(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from numerics import DIFFERS, assert_close64, assert_equal
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from pacswap.errors import DataError, TrainingError
 from pacswap.train.measure.metrics import TALLIES, Counts, Scores, count, scores_of
-from tests.numerics import DIFFERS, assert_close64, assert_equal
 
 CLASSES = 5
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import ONE_DIRECTION
 from same import assert_differ, assert_same
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def test_the_weight_learns_through_an_adapted_path(name: str) -> None:
         return torch.func.functional_call(layer, given, (x, guidance))
 
     tensors = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
-    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradcheck(run, tensors, **ONE_DIRECTION)
 
 
 @NAMES
