@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fresh
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -61,6 +62,13 @@ def run(capsys):
         return code, printed.out, printed.err
 
     return run
+
+
+def test_version(run):
+    code, out, err = run("--version")
+    versions = pacswap.__version__, torch.__version__, timm.__version__
+    assert (code, err) == (0, "")
+    assert out == "pacswap {}, torch {}, timm {}\n".format(*versions)
 
 
 def test_apply(run):

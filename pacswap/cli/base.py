@@ -19,7 +19,6 @@ class Interrupted(Exception):
 
 app = typer.Typer(
     name="pacswap",
-    help="Swap convolutions of pretrained networks for pixel-adaptive ones, without breaking them.",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -36,6 +35,29 @@ Overrides = Annotated[
 TrustPython = Annotated[
     bool, typer.Option("--trust-python", help="Allow library: python, which runs code.")
 ]
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        import timm
+        import torch
+
+        import pacswap
+
+        say(f"pacswap {pacswap.__version__}, torch {torch.__version__}, timm {timm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _pacswap(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the versions.", callback=_print_versions, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Swap convolutions of pretrained networks for pixel-adaptive ones, without breaking them."""
 
 
 @contextmanager
