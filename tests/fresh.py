@@ -153,6 +153,9 @@ def become(arguments: list[str], environment: Mapping[str, str], folder: str) ->
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # Those of the server know of its own files whether one can seek in them.
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     path = environment.get("PYTHONPATH", "")
     if arguments[0] == "-I":
         arguments = arguments[1:]

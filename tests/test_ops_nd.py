@@ -202,7 +202,7 @@ TINY = {
     "line": Line((3,), (4,), padding=1, channels=(2, 2), batch=1),
     "line_grouped": Line((2,), (5,), stride=2, groups=2, channels=(4, 2), batch=1),
     "volume": Line((2, 2, 1), (2, 3, 2), padding=(1, 1, 0), channels=(2, 2), batch=2),
-    "volume_strided": Line((3, 1, 2), (5, 2, 3), stride=(2, 1, 1), channels=(1, 2), batch=1),
+    "volume_strided": Line((2, 1, 2), (5, 2, 3), stride=(2, 1, 1), channels=(1, 2), batch=1),
     "reflect": Line((3, 1, 1), (3, 1, 2), padding=(1, 0, 0), padding_mode="reflect", batch=1),
 }
 
