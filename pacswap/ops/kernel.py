@@ -121,8 +121,7 @@ def adapting_kernel(
     _check_tensors(guidance, window, smoothing, alpha, lambd, channel_wise)
     _check_scalars(bandwidth=bandwidth, blend=blend)
     _check_mask(mask, guidance, window)
-    wide = compute_dtype(guidance.dtype)
-    features = guidance if guidance.dtype == wide else guidance.to(wide)
+    features = guidance.to(compute_dtype(guidance.dtype))
     features = standardized(features) if standardize else features
     features, plane, mask, smoothing = _as_image(features, window, mask, smoothing)
     valid, taps = valid_of(mask, plane)

@@ -120,8 +120,7 @@ def grouped(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 o = o0 + unit % parts * share
                 end = min(o + share, o0 + outputs, C_out)
                 for c in range(c0, min(c0 + inputs, image.shape[1])):
-                    v = room[(c - c0) * plane : (c - c0 + 1) * plane]
-                    cut(image[b, c], v, top, lie)
+                    cut(image[b, c], room[(c - c0) * plane : (c - c0 + 1) * plane], top, lie)
                 while o < end:
                     many = 4 if end - o >= 4 else 1
                     start = (o - o0) * plane if apart else 0
