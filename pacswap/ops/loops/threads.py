@@ -75,7 +75,9 @@ def parts(count: int, numbers: int) -> int:
     return max(1, min(torch.get_num_threads(), count, numbers // _WORTH_A_THREAD))
 
 
-def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[int]) -> None:
+def shared(
+    loop: Any, like: Tensor, count: int, threads: int, given: Sequence[int], axes: int = 1
+) -> None:
     """Call `loop(first, last, thread, given, like)` so that all of `range(count)` is done.
 
     Args:
@@ -84,16 +86,17 @@ def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[in
         count: of what can be divided.
         threads: what `parts` gave.
         given: addresses, sizes and other numbers.
+        axes: of the array of the dtype; `registers` says what they mean.
     """
     head = [0, threads, count, len(given), 0, 0]
     packed = np.array([*head, *given], dtype=np.int64)
     if threads == 1:
-        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype])
+        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype, axes])
         return
     packed[4] = packed.ctypes.data
     entry = _parallel()
     assert entry is not None  # `parts` asked
-    entry(_region(loop, like.dtype).address, packed.ctypes.data, threads, 0)
+    entry(_region(loop, like.dtype, axes).address, packed.ctypes.data, threads, 0)
     if packed[5] != threads:
         raise RuntimeError(f"{packed[5]} of {threads} parts of a compiled loop came to their end.")
 
@@ -106,16 +109,17 @@ def described(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.shape
 
 
-_EMPTY: dict[torch.dtype, Any] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
+_EMPTY: dict[tuple[torch.dtype, int], Any] = {
+    (dtype, axes): np.empty((0,) * axes, kind)
+    for dtype, kind in ((torch.float32, np.float32), (torch.float64, np.float64))
+    for axes in (1, 2, 3)
 }
 
 
 @lru_cache(maxsize=64)
-def _region(loop: Any, dtype: torch.dtype) -> Any:
+def _region(loop: Any, dtype: torch.dtype, axes: int) -> Any:
     """A loop as the function that each thread of a parallel region calls."""
-    kind = _EMPTY[dtype].dtype
+    kind, none = _EMPTY[dtype, axes].dtype, (0,) * axes
 
     def region(data: Any) -> None:
         head = numba.carray(data, (_HEAD,), np.int64)
@@ -125,7 +129,7 @@ def _region(loop: Any, dtype: torch.dtype) -> Any:
         part = _ticket(head[4])
         while part < threads:
             first, last = count * part // threads, count * (part + 1) // threads
-            loop(first, last, part, given, np.empty(0, kind))
+            loop(first, last, part, given, np.empty(none, kind))
             _ticket(head[4] + 5 * 8)
             part = _ticket(head[4])
 
