@@ -120,6 +120,21 @@ def tiling(window: Window, image: tuple[int, int]) -> Tiling:
     return Tiling(tuple(blocks), one_by_one, tallest)
 
 
+def spans(window: Window, image: tuple[int, int]) -> list[list[tuple[int, int]]]:
+    """For each axis and tap, the outputs, first and last + 1, from which it lies in the image."""
+    size = window.output_size(*image)
+    left, _, top, _ = window.border(*image)
+    return [
+        [_span(window, axis, k, size[axis], image[axis], before) for k in range(taps)]
+        for axis, (taps, before) in enumerate(zip(window.kernel_size, (top, left), strict=True))
+    ]
+
+
+def outside(window: Window, image: tuple[int, int]) -> bool:
+    """Whether so many taps lie outside the image that it pays to leave them out."""
+    return part_inside(window, image) < _DENSE
+
+
 def part_inside(window: Window, image: tuple[int, int]) -> float:
     """How many of all taps of all outputs lie in the image, from 0 to 1."""
     size = window.output_size(*image)

@@ -1,212 +1,226 @@
-"""The dense and the grouped convolution."""
+"""The dense and the grouped convolution: K·v and Z block by block, in registers and first caches.
+
+Z = Wᵀ·dY is what the products are to K·v: the gradient of v is K·Z and that of K is v·Z, tap by tap.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pacswap.ops.loops import machine_dense as machine
-from pacswap.ops.loops import registers
+from pacswap.ops.loops import machine_dense, machine_panels
+from pacswap.ops.loops.blocks import (
+    Blocks,
+    Shape,
+    Vectors,
+    backward_blocks,
+    forward_blocks,
+    vectors_of,
+)
 from pacswap.ops.loops.threads import parts, shared
 from pacswap.ops.window import Window
 
-_CACHE = 160 << 10
-_DEEP = 144
+# Multiply-adds of a product in the time of one number of another loop.
+_PRODUCTS = 16
 
 
-@dataclass(frozen=True)
-class Blocks:
-    window: Window
-    image: tuple[int, int]
-    batch: int
-    channels: tuple[int, int]
-    groups: int
-    threads: int
-    lanes: int
-    high: int
-    chunks: int
-    pieces: int
-    parts: int
+def convolve(
+    image: Tensor, kernel: Tensor, weight: Tensor, output: Tensor, window: Window, groups: int
+) -> None:
+    """Fill `output`, [B, C_out, H_out, W_out].
 
-    @cached_property
-    def size(self):
-        return self.window.output_size(*self.image)
-
-    @cached_property
-    def step(self):
-        return max(self.lanes, self.high)
-
-    @cached_property
-    def wide(self):
-        return registers.ACROSS * self.lanes
-
-    @cached_property
-    def count(self):
-        """Most outputs of a chunk."""
-        return -(-self.size[0] // self.chunks) * self.size[1]
-
-    @cached_property
-    def line(self):
-        return -(-self.count // self.lanes) * self.lanes
-
-    @cached_property
-    def column(self):
-        deep = (self.window.kernel_size[0] - 1) * self.window.dilation[0] // self.window.stride[0]
-        return self.line + deep * self.size[1]
-
-    @cached_property
-    def numbers(self):
-        left, _, top, _ = self.window.border(*self.image)
-        w = self.window
-        return (*self.image, *self.size, top, left, *w.stride, *w.dilation, *w.kernel_size, 0,
-                self.chunks, self.column, self.line, w.taps, *self.offsets)
-
-    @cached_property
-    def offsets(self):
-        found = []
-        for i in range(self.window.kernel_size[0]):
-            down, above = divmod(i * self.window.dilation[0], self.window.stride[0])
-            for j in range(self.window.kernel_size[1]):
-                found.append((j * self.window.stride[0] + above) * self.column + down * self.size[1])
-        return found
-
-    @cached_property
-    def each(self):
-        """most channels of a piece"""
-        return -(-self.channels[0] // self.pieces)
-
-    @cached_property
-    def columns(self):
-        return self.each * self.window.kernel_size[1] * self.window.stride[0] * self.column
-
-
-@lru_cache(maxsize=256)
-def forward_blocks(window, image, batch, channels, groups, threads, lanes, high):
-    size = window.output_size(*image)
-    C, O = channels
+    Args:
+        image: v, [B, C_in, H, W], contiguous like all that follow, in the weight's dtype.
+        kernel: K, [B, 1, KH*KW, H_out, W_out].
+        weight: W, [C_out, C_in/groups, KH, KW], float32 or float64.
+        output: contiguous.
+        window: the geometry, with a border of zeros.
+        groups: of channels.
+    """
+    shape, vectors = Shape.of(image, weight, window, groups), vectors_of(image.dtype)
+    if not output.numel():
+        return
+    if not shape.ins:
+        output.zero_()
+        return
+    units = groups * -(-shape.outs // vectors.high)
+    threads = parts(shape.batch * shape.size[0] * units, shape.products // _PRODUCTS)
+    work = forward_blocks(shape, vectors, threads)
     taps = window.taps
-    pieces = -(-C // max(1, _DEEP // taps))
-    each = -(-C // pieces)
-    units = groups * -(-O // high)
-    best = None
-    for parts in (p for p in range(1, threads + 1) if threads % p == 0):
-        if parts > units:
-            break
-        outs = min(-(-O // high), -(-units // parts)) * high
-        numbers = each * (taps + window.kernel_size[1] * window.stride[0]) + outs
-        rows = max(1, _CACHE // (numbers * size[1]))
-        chunks = -(-size[0] // rows)
-        others = threads // parts
-        while batch * chunks % others and chunks < size[0]:
-            chunks += 1
-        items = -(-batch * chunks * parts // threads)
-        vectors = -(-(-(-size[0] // chunks) * size[1]) // lanes)
-        cost = items * vectors * (-(-units // parts) * high + 6)
-        if best is None or cost < best[0]:
-            best = (cost, chunks, parts)
-    _, chunks, parts = best
-    return Blocks(window, image, batch, channels, groups, threads, lanes, high, chunks, pieces, parts)
+    factors = _factors(kernel, work)
+    items = shape.batch * len(work.chunks) * work.parts
+    packs_own = items <= threads
+    packed = None if packs_own else _packed(weight, work)
+    panels = -(-min(shape.outs, -(-units // work.parts) * vectors.high) // vectors.step) + 1
+    blocks = min(units // groups, -(-units // work.parts)) * vectors.high
+    numbers = (
+        work.each * taps * vectors.wide,
+        panels * work.each * taps * vectors.step if packs_own else 0,
+        blocks * work.line,
+        work.columns,
+    )
+    room, begins = _room(image, numbers, work)
+    _run(
+        machine_dense.forward,
+        work,
+        image,
+        items,
+        threads,
+        [
+            *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
+            *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
+            *(work.piece_orders.ctypes.data, *begins),
+            *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts),
+        ],
+    )
 
 
-def convolve(image, kernel, weight, output, window, groups):
-    axes = registers.vector_axes()
-    lanes, high = registers.lanes(axes, image.itemsize), registers.rows(axes)
-    O, C = weight.shape[0] // groups, weight.shape[1]
-    macs = output.numel() * C * window.taps
-    threads = parts(output.shape[0] * output.shape[2] * -(-weight.shape[0] // high), macs // 16)
-    B = image.shape[0]
-    lie = forward_blocks(window, tuple(image.shape[2:]), B, (C, O), groups, threads, lanes, high)
-    factors = image.new_empty(B * lie.chunks * window.taps * lie.line)
-    packed = image.new_empty(groups * -(-O // lie.step) * C * window.taps * lie.step)
-    n = B * lie.chunks * window.taps
-    shared(machine.mask, image, n, parts(n, factors.numel()),
-           [kernel.data_ptr(), factors.data_ptr(), B, *lie.numbers], axes=axes)
-    n = groups * -(-O // lie.step)
-    shared(machine.pack, image, n, parts(n, packed.numel()),
-           [weight.data_ptr(), packed.data_ptr(), groups, O, C * window.taps, lie.step, lie.step], axes=axes)
-    blocks = -(-lie.count // lie.wide)
-    begin_sums = lie.each * window.taps * lie.wide
-    units = -(-groups * -(-O // high) // lie.parts)
-    begin_columns = begin_sums + min(units, -(-O // high)) * high * blocks * lie.wide
-    each = begin_columns + lie.columns
-    each = -(-each // 16) * 16
-    room = image.new_empty(threads * each)
-    shared(machine.forward, image, B * lie.chunks * lie.parts, threads,
-           [image.data_ptr(), factors.data_ptr(), packed.data_ptr(), output.data_ptr(), room.data_ptr(),
-            each, begin_sums, begin_columns, B, groups, C, O, lie.pieces, lie.parts, *lie.numbers], axes=axes)
+def gradients(
+    image: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    window: Window,
+    groups: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for image, kernel and weight.
+
+    Args:
+        image: as in `convolve`, like `kernel`, `weight`, `window` and `groups`.
+        kernel: K.
+        weight: W.
+        grad: of the output, [B, C_out, H_out, W_out].
+        window: the window.
+        groups: of channels.
+        needed: which of the three are wanted.
+
+    Returns:
+        The three, each of its tensor's shape, None where not wanted.
+    """
+    found = torch.zeros_like(image) if needed[0] or needed[1] else None
+    grad_kernel = torch.zeros_like(kernel) if needed[1] else None
+    grad_weight = torch.zeros_like(weight) if needed[2] else None
+    if image.numel() and grad.numel():
+        shape, vectors = Shape.of(image, weight, window, groups), vectors_of(image.dtype)
+        threads = parts(image.shape[1], shape.products // _PRODUCTS)
+        work = backward_blocks(shape, vectors, threads)
+        factors = _factors(kernel, work)
+        if found is not None:
+            _pull(image, factors, weight, grad, found, grad_kernel, work)
+        if grad_weight is not None:
+            _weigh(image, factors, grad, grad_weight, work)
+    return found if needed[0] else None, grad_kernel, grad_weight
 
 
-@lru_cache(maxsize=256)
-def backward_blocks(window, image, batch, channels, groups, threads, lanes, high):
-    size = window.output_size(*image)
-    C, O = channels
-    pieces = -(-C // max(1, _DEEP // window.taps))
-    while groups * pieces % threads and pieces < C:
-        pieces += 1
-    each = -(-C // pieces)
-    numbers = each * (2 * window.kernel_size[1] * window.stride[0])
-    rows = max(1, _CACHE // (numbers * size[1]))
-    chunks = -(-size[0] // rows)
-    return Blocks(window, image, batch, channels, groups, threads, lanes, high, chunks, pieces, 1)
+def _pull(
+    image: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    found: Tensor,
+    grad_kernel: Tensor | None,
+    work: Blocks,
+) -> None:
+    """Add to the gradients of the image and the kernel what comes from Z."""
+    shape, vectors, images = work.shape, work.vectors, work.shape.batch * len(work.chunks)
+    channels = shape.groups * shape.outs
+    laid = image.new_empty(images * work.blocks * channels * vectors.wide)
+    given = [grad.data_ptr(), laid.data_ptr(), channels, work.blocks]
+    _run(machine_panels.lay, work, image, images, parts(images, laid.numel()), given)
+    dots = image.new_zeros(work.threads * factors.numel())
+    numbers = (_whole(work.rows, vectors.step) * shape.outs, work.columns, work.columns)
+    room, (each, _, begin, _) = _room(image, (0, *numbers), work)
+    _run(
+        machine_dense.backward,
+        work,
+        image,
+        shape.groups * work.pieces,
+        work.threads,
+        [
+            *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
+            *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
+            *(factors.numel(), each, begin, work.columns, shape.batch, shape.groups),
+            *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot),
+        ],
+    )
+    if grad_kernel is not None:
+        given = [dots.data_ptr(), grad_kernel.data_ptr(), work.threads, factors.numel()]
+        _run(machine_panels.collect, work, image, images, parts(images, dots.numel()), given)
 
 
-@lru_cache(maxsize=256)
-def table_of(lie):
-    found = [(c * lie.columns // lie.each + x, t * lie.line) for c in range(lie.each) for t, x in enumerate(lie.offsets)]
-    return torch.tensor(found, dtype=torch.int64)
+def _weigh(
+    image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, work: Blocks
+) -> None:
+    """Fill the weight's gradient."""
+    shape, vectors = work.shape, work.vectors
+    wide, matrices, outputs = vectors.wide, shape.batch * shape.groups, shape.size[0] * shape.size[1]
+    panels = -(-shape.outs // wide)
+    turned = image.new_empty(matrices * panels * outputs * wide)
+    given = [grad.data_ptr(), turned.data_ptr(), work.places.ctypes.data, work.places.size]
+    given += [shape.outs, outputs, wide]
+    count = matrices * panels
+    _run(machine_panels.pack, work, image, count, parts(count, turned.numel()), given)
+    deep, once = _whole(work.rows, vectors.high), registers_deep(work)
+    numbers = (once * deep * wide, panels * deep * wide, work.columns)
+    room, (each, sums, columns) = _room(image, numbers, work)
+    _run(
+        machine_dense.weights,
+        work,
+        image,
+        shape.groups * work.pieces,
+        work.threads,
+        [
+            *(image.data_ptr(), factors.data_ptr(), turned.data_ptr(), grad_weight.data_ptr()),
+            *(room.data_ptr(), each, sums, columns, once, shape.batch, shape.groups),
+            *(shape.ins, shape.outs, work.pieces, work.lot),
+        ],
+    )
 
 
-def gradients(image, kernel, weight, grad, window, groups, needed):
-    axes = registers.vector_axes()
-    lanes, high = registers.lanes(axes, image.itemsize), registers.rows(axes)
-    O, C = weight.shape[0] // groups, weight.shape[1]
-    macs = grad.numel() * C * window.taps
-    B, (H_out, W_out) = image.shape[0], grad.shape[2:]
-    threads = parts(image.shape[1], macs // 16)
-    lie = backward_blocks(window, tuple(image.shape[2:]), B, (C, O), groups, threads, lanes, high)
-    size = B * lie.chunks * window.taps * lie.line
-    factors = image.new_empty(size)
-    n = B * lie.chunks * window.taps
-    shared(machine.mask, image, n, parts(n, size),
-           [kernel.data_ptr(), factors.data_ptr(), B, *lie.numbers], axes=axes)
-    found = dK = dW = None
-    wide = lie.wide
-    if needed[0] or needed[1]:
-        most = -(-lie.count // wide)
-        blocks = image.new_empty(B * lie.chunks * most * groups * O * wide)
-        n = B * lie.chunks
-        shared(machine.lay, image, n, parts(n, blocks.numel()),
-               [grad.data_ptr(), blocks.data_ptr(), B, groups * O, most, *lie.numbers], axes=axes)
-        found, dots = torch.zeros_like(image), image.new_zeros(threads * size)
-        begin = -(-lie.each * window.taps // lie.step) * lie.step * O
-        columns = lie.columns + lie.wide
-        each = -(-(begin + 2 * columns) // 16) * 16
-        room = image.new_empty(threads * each)
-        shared(machine.backward, image, groups * lie.pieces, threads,
-               [image.data_ptr(), factors.data_ptr(), weight.data_ptr(), blocks.data_ptr(), found.data_ptr(),
-                dots.data_ptr(), room.data_ptr(), each, begin, B, groups, C, O, lie.pieces, most,
-                table_of(lie).data_ptr(), *lie.numbers], axes=axes)
-        dK = torch.zeros_like(kernel)
-        n = B * lie.chunks * window.taps
-        shared(machine.collect, image, n, parts(n, threads * size),
-               [dots.data_ptr(), dK.data_ptr(), threads, B, *lie.numbers], axes=axes)
-    if needed[2]:
-        panels = -(-O // wide)
-        turned = image.new_empty(B * groups * panels * H_out * W_out * wide)
-        n = B * groups * panels
-        shared(machine.pack, image, n, parts(n, turned.numel()),
-               [grad.data_ptr(), turned.data_ptr(), B * groups, O, H_out * W_out, wide, wide], axes=axes)
-        dW = torch.empty_like(weight)
-        once = 3
-        deep = -(-lie.each * window.taps // high) * high
-        begin_sums = once * deep * wide
-        begin_columns = begin_sums + panels * deep * wide
-        each = -(-(begin_columns + lie.columns + lie.wide) // 16) * 16
-        room = image.new_empty(threads * each)
-        shared(machine.weights, image, groups * lie.pieces, threads,
-               [image.data_ptr(), factors.data_ptr(), turned.data_ptr(), dW.data_ptr(), room.data_ptr(), each,
-                begin_sums, begin_columns, once, B, groups, C, O, lie.pieces, *lie.numbers], axes=axes)
-    return found if needed[0] else None, dK if needed[1] else None, dW
+def registers_deep(work: Blocks) -> int:
+    return min(3, work.blocks)
+
+
+def _factors(kernel: Tensor, work: Blocks) -> Tensor:
+    """K as loops read it, chunk by chunk, 0 beyond the image."""
+    items = work.shape.batch * len(work.chunks)
+    factors = kernel.new_empty(items * work.shape.window.taps * work.line)
+    threads = parts(items, factors.numel())
+    given = [kernel.data_ptr(), factors.data_ptr()]
+    _run(machine_panels.mask, work, kernel, items, threads, given)
+    return factors
+
+
+def _packed(weight: Tensor, work: Blocks) -> Tensor:
+    """The weight as panels [G, panels, C_in/G·taps, step]: outputs' channels lie together."""
+    shape, step = work.shape, work.vectors.step
+    count, deep = shape.groups * -(-shape.outs // step), shape.ins * shape.window.taps
+    packed = weight.new_empty(count * deep * step)
+    order = work.whole_order
+    given = [weight.data_ptr(), packed.data_ptr(), order.ctypes.data, order.size]
+    given += [shape.outs, deep, step]
+    _run(machine_panels.pack, work, weight, count, parts(count, packed.numel()), given)
+    return packed
+
+
+def _room(like: Tensor, numbers: Sequence[int], work: Blocks) -> tuple[Tensor, list[int]]:
+    """Memory for each thread, and (numbers of one, where each part but the first begins)."""
+    begins = [0]
+    for count in numbers:
+        begins.append(begins[-1] + _whole(count, 64 // like.itemsize))
+    *begins, each = begins
+    return like.new_empty(work.threads * each), [each, *begins[1:]]
+
+
+def _whole(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _run(
+    loop: object, work: Blocks, like: Tensor, count: int, threads: int, given: Sequence[int]
+) -> None:
+    """A loop, with the vectors and the numbers of the work."""
+    shared(loop, like, count, threads, [*given, *work.numbers], work.vectors.axes)

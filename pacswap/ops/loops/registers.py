@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 # Vectors of a block side by side: three, so that 8 rows of them, or 4, fill 24 or 12 registers; the
 # others hold what is multiplied.
 ACROSS = 3
-_INT = ir.IntType(64)
-_INDEX = ir.IntType(32)
+INT = ir.IntType(64)
+INDEX = ir.IntType(32)
 
 
 @lru_cache(maxsize=1)
@@ -29,24 +29,24 @@ def vector_axes() -> int:
     return 3 if has.get("avx512f") else 2 if has.get("avx") else 1
 
 
-def lanes(axes: int, itemsize: int) -> int:
+def lanes_of(axes: int, itemsize: int) -> int:
     """Numbers of a vector."""
     return (8 << axes) // itemsize
 
 
-def rows(axes: int) -> int:
+def rows_of(axes: int) -> int:
     """Rows of a block: x86 has 16 registers of 32 bytes, 32 of 64; ARM has 32 of 16."""
     return 4 if axes == 2 else 8
 
 
-class _Maker:
+class Maker:
     """What an intrinsic writes its instructions with."""
 
     def __init__(self, builder: Any, like: Any) -> None:
         self.to = builder
         self.size = like.dtype.bitwidth // 8
         self.number = ir.FloatType() if self.size == 4 else ir.DoubleType()
-        self.lanes, self.rows = lanes(like.ndim, self.size), rows(like.ndim)
+        self.lanes, self.rows = lanes_of(like.ndim, self.size), rows_of(like.ndim)
         self.bytes = self.lanes * self.size
         self.vector = ir.VectorType(self.number, self.lanes)
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
@@ -56,8 +56,8 @@ class _Maker:
     def at(self, address: Any, offset: Any = 0, times: int = 1) -> Any:
         """An address so many times `times` bytes further."""
         if isinstance(offset, int):
-            return self.to.add(address, ir.Constant(_INT, offset * times))
-        return self.to.add(address, self.to.mul(offset, ir.Constant(_INT, times)))
+            return self.to.add(address, ir.Constant(INT, offset * times))
+        return self.to.add(address, self.to.mul(offset, ir.Constant(INT, times)))
 
     def load(self, address: Any, kind: Any = None) -> Any:
         """A vector, or what `kind` says."""
@@ -66,27 +66,28 @@ class _Maker:
         return read
 
     def store(self, value: Any, address: Any) -> None:
-        """A vector."""
-        self.to.store(value, self.to.inttoptr(address, self.vector.as_pointer())).align = self.size
+        """A vector or a number."""
+        place = self.to.inttoptr(address, value.type.as_pointer())
+        self.to.store(value, place).align = self.size
 
     def all_lanes(self, address: Any) -> Any:
         """One number in every lane."""
         none = ir.Constant(self.vector, ir.Undefined)
-        first = ir.Constant(_INDEX, 0)
+        first = ir.Constant(INDEX, 0)
         one = self.to.insert_element(none, self.load(address, self.number), first)
         return self.shuffled(one, none, [0] * self.lanes)
 
     def shuffled(self, one: Any, other: Any, lanes: list[int]) -> Any:
         """Lanes of two vectors, those of the other counted on."""
         return self.to.shuffle_vector(
-            one, other, ir.Constant(ir.VectorType(_INDEX, self.lanes), lanes)
+            one, other, ir.Constant(ir.VectorType(INDEX, self.lanes), lanes)
         )
 
     def times_plus(self, a: Any, b: Any, c: Any) -> Any:
         """a·b + c, rounded once where the machine can."""
         return self.to.call(self._product, [a, b, c])
 
-    def places(self, value: Any) -> Any:
+    def place(self, value: Any) -> Any:
         """A variable, which the compiler keeps in a register."""
         return cgutils.alloca_once_value(self.to, value)
 
@@ -106,11 +107,11 @@ class _Maker:
         Returns:
             For each row the variables of its vectors.
         """
-        to, (left, right), (total, run, jump) = self.to, map(self.places, places), counts
+        to, (left, right), (total, run, jump) = self.to, map(self.place, places), counts
         zero = ir.Constant(self.vector, None)
-        sums = [[self.places(zero) for _ in range(across)] for _ in range(self.rows)]
-        rest = self.places(total)
-        with cgutils.for_range(to, to.sdiv(to.sub(to.add(total, run), ir.Constant(_INT, 1)), run)):
+        sums = [[self.place(zero) for _ in range(across)] for _ in range(self.rows)]
+        rest = self.place(total)
+        with cgutils.for_range(to, to.sdiv(to.sub(to.add(total, run), ir.Constant(INT, 1)), run)):
             left_over = to.load(rest)
             count = to.select(to.icmp_signed("<", left_over, run), left_over, run)
             to.store(to.sub(left_over, run), rest)
@@ -128,64 +129,63 @@ class _Maker:
 
 
 
-def _code(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> Any:
+def code_of(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> Any:
     """What an intrinsic gives: its signature, and what writes it.
 
     Args:
         like: type of the first argument.
         constants: types of those that the compiler knows.
         numbers: how many follow.
-        write: is called with a `_Maker`, the constants, and the values of the numbers.
+        write: is called with a `Maker`, the constants, and the values of the numbers.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         known = [constant.literal_value for constant in constants]
-        write(_Maker(builder, like), *known, *args[1 + len(known) :])
+        write(Maker(builder, like), *known, *args[1 + len(known) :])
         return context.get_dummy_value()
 
     return types.void(like, *constants, *[types.int64] * numbers), code
 
 
 @intrinsic(prefer_literal=True)
-def multiply(typingctx, like, across, left, right, into, total, run, jump, apart, add):  # type: ignore
+def multiply(typingctx, like, across, left, right, into, total, run, jump, add):  # type: ignore
     """into[row, column] = or += Σ_k left[k, row] · right[k, column].
 
     Args:
         across: vectors of columns, a constant.
         left: address; rows of a k lie together, each k `step` of `panel` further.
         right: address, `ACROSS` vectors for each k.
-        into: address.
+        into: address; rows lie `ACROSS` vectors apart.
         total: how many k.
         run: after so many of them `left` jumps,
         jump: so many numbers.
-        apart: numbers from a row of `into` to the next.
         add: to what is there, unless 0.
     """
 
-    def write(m, across, left, right, into, total, run, jump, apart, add):  # type: ignore
+    def write(m, across, left, right, into, total, run, jump, add):  # type: ignore
         sums = m.outer(across, max(m.lanes, m.rows), 1, (left, right), (total, run, jump))
-        _leave(m, sums, into, apart, add)
+        _leave(m, sums, into, add)
 
-    return _code(like, (across,), 8, write)
+    return code_of(like, (across,), 7, write)
 
 
 @intrinsic(prefer_literal=True)
-def weigh(typingctx, like, across, left, right, into, total, run, jump, apart, add):  # type: ignore
-    """As `multiply`, with the k of a row together: rows lie `ACROSS` vectors apart."""
+def weigh(typingctx, like, across, left, right, into, total, run, jump):  # type: ignore
+    """As `multiply` that adds, with the k of a row together: rows lie `ACROSS` vectors apart."""
 
-    def write(m, across, left, right, into, total, run, jump, apart, add):  # type: ignore
+    def write(m, across, left, right, into, total, run, jump):  # type: ignore
         sums = m.outer(across, 1, ACROSS * m.lanes, (left, right), (total, run, jump))
-        _leave(m, sums, into, apart, add)
+        _leave(m, sums, into, ir.Constant(INT, 1))
 
-    return _code(like, (across,), 8, write)
+    return code_of(like, (across,), 6, write)
 
 
-def _leave(m: _Maker, sums: list[list[Any]], into: Any, apart: Any, add: Any) -> None:
-    """Sums go to memory, or are added to it."""
-    lines = [m.at(into, apart, r * m.size) for r in range(m.rows)]
+def _leave(m: Maker, sums: list[list[Any]], into: Any, add: Any) -> None:
+    """Sums go to memory, rows `ACROSS` vectors apart, or are added to it."""
+    lines = [m.at(into, r * ACROSS, m.bytes) for r in range(m.rows)]
     places = [[m.at(line, v, m.bytes) for v in range(len(sums[0]))] for line in lines]
     pairs = [pair for line in zip(sums, places, strict=True) for pair in zip(*line, strict=True)]
-    with m.to.if_then(m.to.icmp_signed("!=", add, ir.Constant(_INT, 0))):
+    with m.to.if_then(m.to.icmp_signed("!=", add, ir.Constant(INT, 0))):
         for variable, place in pairs:
             m.to.store(m.to.fadd(m.to.load(variable), m.load(place)), variable)
     for variable, place in pairs:
@@ -213,10 +213,10 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
     def write(m, across, left, right, total, rows, table, image, kernel, found, dots):  # type: ignore
         to = m.to
         step = max(m.lanes, m.rows)
-        counts = (total, total, ir.Constant(_INT, 0))
+        counts = (total, total, ir.Constant(INT, 0))
         for r, line in enumerate(m.outer(across, step, 1, (left, right), counts)):
-            with to.if_then(to.icmp_signed("<", ir.Constant(_INT, r), rows)):
-                there, here = (m.load(m.at(table, 2 * r + n, 8), _INT) for n in range(2))
+            with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
+                there, here = (m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2))
                 for v, variable in enumerate(line):
                     Z, further = to.load(variable), v * m.bytes
                     x, k = m.at(image, there, m.size), m.at(kernel, here, m.size)
@@ -225,12 +225,12 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
                     m.store(m.times_plus(m.load(k), Z, m.load(f)), f)
                     m.store(m.times_plus(m.load(x), Z, m.load(d)), d)
 
-    return _code(like, (across,), 10, write)
+    return code_of(like, (across,), 10, write)
 
 
 @intrinsic(prefer_literal=True)
-def adapt(typingctx, like, across, kernel, line, image, channel, into, table, taps, channels):  # type: ignore
-    """into[c, t, column] = K[t, column] · v[c, column + t].
+def adapt(typingctx, like, across, kernel, line, image, channel, into, apart, table, taps, channels):  # type: ignore
+    """into[t, c, column] = K[t, column] · v[c, column + t].
 
     Args:
         across: vectors of columns, a constant; `into` has room for `ACROSS` of them.
@@ -239,52 +239,24 @@ def adapt(typingctx, like, across, kernel, line, image, channel, into, table, ta
         image: address of v.
         channel: numbers of v from a channel to the next.
         into: address.
+        apart: numbers of `into` from a tap to the next.
         table: address of an int64 for each tap: numbers from v to what it sees first.
         taps: how many.
         channels: how many.
     """
 
-    def write(m, across, kernel, line, image, channel, into, table, taps, channels):  # type: ignore
-        to, y = m.to, m.places(into)
-        with cgutils.for_range(to, channels) as c:
-            first = m.at(image, to.mul(c.index, channel), m.size)
-            with cgutils.for_range(to, taps) as t:
-                k = m.at(kernel, to.mul(t.index, line), m.size)
-                x = m.at(first, m.load(m.at(table, t.index, 8), _INT), m.size)
-                for v in range(across):
-                    seen = m.load(m.at(x, v, m.bytes))
-                    product = to.fmul(m.load(m.at(k, v, m.bytes)), seen)
-                    m.store(product, m.at(to.load(y), v, m.bytes))
+    def write(m, across, kernel, line, image, channel, into, apart, table, taps, channels):  # type: ignore
+        to = m.to
+        with cgutils.for_range(to, taps) as tap:
+            first = m.at(kernel, to.mul(tap.index, line), m.size)
+            factors = [m.load(m.at(first, v, m.bytes)) for v in range(across)]
+            x = m.place(m.at(image, m.load(m.at(table, tap.index, 8), INT), m.size))
+            y = m.place(m.at(into, to.mul(tap.index, apart), m.size))
+            with cgutils.for_range(to, channels):
+                for v, factor in enumerate(factors):
+                    seen = m.load(m.at(to.load(x), v, m.bytes))
+                    m.store(to.fmul(factor, seen), m.at(to.load(y), v, m.bytes))
+                to.store(m.at(to.load(x), channel, m.size), x)
                 to.store(m.at(to.load(y), ACROSS, m.bytes), y)
 
-    return _code(like, (across,), 8, write)
-
-
-@intrinsic
-def turn(typingctx, like, source, apart, into, step):  # type: ignore
-    """into[j, i] = source[i, j], as many rows as columns as a vector has lanes.
-
-    Args:
-        source: address.
-        apart: numbers from a row of it to the next.
-        into: address.
-        step: numbers from a row of that to the next.
-    """
-
-    def write(m, source, apart, into, step):  # type: ignore
-        lines = [m.load(m.at(source, apart, i * m.size)) for i in range(m.lanes)]
-        distance = 1
-        while distance < m.lanes:  # exchange squares of that side
-            turned = list(lines)
-            for i in (i for i in range(m.lanes) if not i & distance):
-                one, other = lines[i], lines[i + distance]
-                high = [j & distance for j in range(m.lanes)]
-                first = [j + m.lanes - distance if up else j for j, up in enumerate(high)]
-                second = [j + m.lanes if up else j + distance for j, up in enumerate(high)]
-                turned[i] = m.shuffled(one, other, first)
-                turned[i + distance] = m.shuffled(one, other, second)
-            lines, distance = turned, 2 * distance
-        for j, line in enumerate(lines):
-            m.store(line, m.at(into, step, j * m.size))
-
-    return _code(like, (), 4, write)
+    return code_of(like, (across,), 9, write)

@@ -36,9 +36,9 @@ def compiled(function: Callable[..., Any]) -> Any:
     """
     fast = {"contract", "reassoc", "nsz"}
     try:
-        return numba.njit(nogil=True, fastmath=fast, cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", fastmath=fast, cache=True)(function)
     except RuntimeError:  # neither beside this file nor in the user's home can a cache be written
-        return numba.njit(nogil=True, fastmath=fast)(function)
+        return numba.njit(nogil=True, error_model="numpy", fastmath=fast)(function)
 
 
 @intrinsic
