@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pacswap.ops.loops import registers
-from pacswap.ops.tiles import outside, spans
+from pacswap.ops.tiles import is_sparse, spans
 from pacswap.ops.window import Window
 
-# Numbers that a chunk of outputs should need: 640 KB of float32, in a core's second cache.
+# Numbers that a chunk of outputs should need: 640 KB of float32, in a core's second cache. A small
+# layer's chunks are smaller, so that they add little to its memory.
 _CACHE = 160 << 10
+_LEAST = 16 << 10
 # Rows of a product, taps times channels: a block of K·v, 48 outputs wide, fills a first cache.
 _DEEP = 144
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vectors:
     """The vectors to compute with.
 
@@ -46,14 +48,18 @@ class Vectors:
         return max(self.lanes, self.high)
 
 
+def vectors_of(dtype: torch.dtype) -> Vectors:
+    """This machine's vectors."""
+    return _vectors(registers.vector_axes(), dtype.itemsize)
+
+
 @lru_cache(maxsize=8)
-def vectors_of(dtype: torch.dtype, axes: int | None = None) -> Vectors:
-    """This machine's vectors, or those of so many axes."""
-    axes = axes or registers.vector_axes()
-    return Vectors(axes, registers.lanes_of(axes, dtype.itemsize), registers.rows_of(axes))
+def _vectors(axes: int, size: int) -> Vectors:
+    return Vectors(axes, registers.lanes_of(axes, size), registers.rows_of(axes))
 
 
-@dataclass(frozen=True)
+# Compared by identity, since `shape_of` makes each once: hashing a window takes long.
+@dataclass(frozen=True, eq=False)
 class Shape:
     """A convolution's geometry.
 
@@ -73,13 +79,6 @@ class Shape:
     ins: int
     outs: int
 
-    @classmethod
-    def of(cls, image: Tensor, weight: Tensor, window: Window, groups: int) -> Shape:
-        """That of `image` [B, C_in, H, W] and `weight` [C_out, C_in/groups, KH, KW]."""
-        size = (image.shape[2], image.shape[3])
-        outs = weight.shape[0] // groups
-        return cls(window, size, image.shape[0], groups, weight.shape[1], outs)
-
     @cached_property
     def size(self) -> tuple[int, int]:
         """(H_out, W_out)."""
@@ -92,12 +91,30 @@ class Shape:
         return outputs * self.groups * self.outs * self.ins * self.window.taps
 
     @cached_property
+    def cache(self) -> int:
+        """Numbers that a chunk should need."""
+        image = self.groups * self.ins * self.image[0] * self.image[1]
+        weight = self.groups * self.outs * self.ins * self.window.taps
+        output = self.groups * self.outs * self.size[0] * self.size[1]
+        return min(_CACHE, max(_LEAST, (self.batch * (image + output) + weight) // 8))
+
+    @cached_property
     def is_sparse(self) -> bool:
         """Whether so many taps lie outside that bands of outputs leave theirs out."""
-        return outside(self.window, self.image)
+        return is_sparse(self.window, self.image)
 
 
-@dataclass(frozen=True)
+def shape_of(image: Tensor, weight: Tensor, window: Window, groups: int) -> Shape:
+    """That of `image` [B, C_in, H, W] and `weight` [C_out, C_in/groups, KH, KW]."""
+    return _shape(window, groups, *image.shape, *weight.shape[:2])
+
+
+@lru_cache(maxsize=256)
+def _shape(window: Window, groups: int, B: int, C: int, H: int, W: int, outs: int, ins: int) -> Shape:
+    return Shape(window, (H, W), B, groups, ins, outs // groups)
+
+
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """How the work is divided.
 
@@ -109,6 +126,7 @@ class Blocks:
             last + 1, and how many outputs come before it.
         pieces: that the channels of a group of the input are divided into.
         parts: that the channels of the output are divided into.
+        run: chunks, of one image, whose sums are kept while a piece of the weight is used.
     """
 
     shape: Shape
@@ -117,6 +135,7 @@ class Blocks:
     chunks: tuple[tuple[int, ...], ...]
     pieces: int
     parts: int = 1
+    run: int = 1
 
     @cached_property
     def each(self) -> int:
@@ -132,6 +151,13 @@ class Blocks:
     def blocks(self) -> int:
         """Most blocks of a chunk."""
         return -(-self.count // self.vectors.wide)
+
+    @cached_property
+    def run_blocks(self) -> int:
+        """Most blocks of a run."""
+        wide = self.vectors.wide
+        found = [-(-((r[1] - r[0]) * (r[3] - r[2])) // wide) for r in self.chunks]
+        return max(sum(found[n : n + self.run]) for n in range(0, len(found), self.run))
 
     @cached_property
     def line(self) -> int:
@@ -260,19 +286,22 @@ def forward_blocks(shape: Shape, vectors: Vectors, threads: int) -> Blocks:
     best: tuple[float, int, int] | None = None
     for parts in (p for p in range(1, threads + 1) if threads % p == 0 and p <= units):
         own = -(-units // parts)
-        rows = _rows(shape, _seen(shape, each) + min(blocks, own) * vectors.high)
+        rows = _rows(shape, _seen(shape, each) + min(blocks, own) * vectors.high, _CACHE)
         count = -(-shape.size[0] // rows)
         while shape.batch * count * parts % threads and count < shape.size[0]:
             count += 1
         columns = -(-(-(-shape.size[0] // count) * shape.size[1]) // vectors.lanes)
-        # In blocks of sums; writing K·v of one takes as long as about 6 of its 8 rows.
-        took = -(-shape.batch * count * parts // threads) * columns * (own * vectors.high + 6)
+        items = -(-shape.batch * count * parts // threads)
+        # In vectors of sums for each row of a product: writing one of K·v takes as long as about
+        # six of them, packing a number of the weight as three.
+        took = items * columns * (own * vectors.high + 6) + 3 * own * vectors.high
         if best is None or took < best[0]:
             best = took, count, parts
     assert best is not None
     if shape.is_sparse:
-        parts = min(threads, units)
-        return Blocks(shape, vectors, threads, _bands(shape, each), pieces, parts)
+        bands = _bands(shape, each)
+        # The weight is far larger than the image: it is read once.
+        return Blocks(shape, vectors, threads, bands, pieces, min(threads, units), len(bands))
     return Blocks(shape, vectors, threads, _chunks(shape, best[1]), pieces, best[2])
 
 
@@ -285,7 +314,7 @@ def backward_blocks(shape: Shape, vectors: Vectors, threads: int) -> Blocks:
     each = -(-shape.ins // pieces)
     if shape.is_sparse:
         return Blocks(shape, vectors, threads, _bands(shape, each), pieces)
-    chunks = _chunks(shape, -(-shape.size[0] // _rows(shape, 2 * _seen(shape, each))))
+    chunks = _chunks(shape, -(-shape.size[0] // _rows(shape, 2 * _seen(shape, each), shape.cache)))
     return Blocks(shape, vectors, threads, chunks, pieces)
 
 
@@ -298,9 +327,9 @@ def _seen(shape: Shape, each: int) -> int:
     return each * shape.window.kernel_size[1] * shape.window.stride[0]
 
 
-def _rows(shape: Shape, numbers: int) -> int:
+def _rows(shape: Shape, numbers: int, cache: int) -> int:
     """Rows of a chunk that needs so many numbers for each output."""
-    return max(1, min(shape.size[0], _CACHE // (numbers * shape.size[1])))
+    return max(1, min(shape.size[0], cache // (numbers * shape.size[1])))
 
 
 def _chunks(shape: Shape, count: int) -> tuple[tuple[int, ...], ...]:
@@ -323,7 +352,7 @@ def _bands(shape: Shape, each: int) -> tuple[tuple[int, ...], ...]:
         axes.append(found)
     bands, before = [], 0
     for (h0, h1, i0, i1), (w0, w1, j0, j1) in product(*axes):
-        tall = max(1, _CACHE // (_seen(shape, each) * (w1 - w0)))
+        tall = max(1, shape.cache // (_seen(shape, each) * (w1 - w0)))
         for a, b in pairwise([*range(h0, h1, tall), h1]):
             bands.append((a, b, w0, w1, i0, i1, j0, j1, before))
             before += (b - a) * (w1 - w0)

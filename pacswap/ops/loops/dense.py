@@ -13,10 +13,9 @@ from torch import Tensor
 from pacswap.ops.loops import machine_dense, machine_panels
 from pacswap.ops.loops.blocks import (
     Blocks,
-    Shape,
-    Vectors,
     backward_blocks,
     forward_blocks,
+    shape_of,
     vectors_of,
 )
 from pacswap.ops.loops.threads import parts, shared
@@ -39,7 +38,7 @@ def convolve(
         window: the geometry, with a border of zeros.
         groups: of channels.
     """
-    shape, vectors = Shape.of(image, weight, window, groups), vectors_of(image.dtype)
+    shape, vectors = shape_of(image, weight, window, groups), vectors_of(image.dtype)
     if not output.numel():
         return
     if not shape.ins:
@@ -50,15 +49,15 @@ def convolve(
     work = forward_blocks(shape, vectors, threads)
     taps = window.taps
     factors = _factors(kernel, work)
-    items = shape.batch * len(work.chunks) * work.parts
-    packs_own = items <= threads
+    items = shape.batch * (len(work.chunks) // work.run) * work.parts
+    packs_own = shape.is_sparse or items <= threads
     packed = None if packs_own else _packed(weight, work)
     panels = -(-min(shape.outs, -(-units // work.parts) * vectors.high) // vectors.step) + 1
     blocks = min(units // groups, -(-units // work.parts)) * vectors.high
     numbers = (
         work.each * taps * vectors.wide,
         panels * work.each * taps * vectors.step if packs_own else 0,
-        blocks * work.line,
+        blocks * work.run_blocks * vectors.wide,
         work.columns,
     )
     room, begins = _room(image, numbers, work)
@@ -72,7 +71,7 @@ def convolve(
             *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
             *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
             *(work.piece_orders.ctypes.data, *begins),
-            *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts),
+            *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts, work.run),
         ],
     )
 
@@ -104,7 +103,7 @@ def gradients(
     grad_kernel = torch.zeros_like(kernel) if needed[1] else None
     grad_weight = torch.zeros_like(weight) if needed[2] else None
     if image.numel() and grad.numel():
-        shape, vectors = Shape.of(image, weight, window, groups), vectors_of(image.dtype)
+        shape, vectors = shape_of(image, weight, window, groups), vectors_of(image.dtype)
         threads = parts(image.shape[1], shape.products // _PRODUCTS)
         work = backward_blocks(shape, vectors, threads)
         factors = _factors(kernel, work)

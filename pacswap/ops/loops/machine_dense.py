@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from pacswap.ops.loops.machine_panels import (
-    CHUNK,
-    NUMBERS,
     add_columns,
     chunk,
     columns,
@@ -22,11 +20,9 @@ from pacswap.ops.loops.machine_panels import (
     taps_of,
     together,
 )
-from pacswap.ops.loops.moves import add, clear, copy, copy_rows, copy_steps, turn
+from pacswap.ops.loops.moves import clear, copy, copy_rows, copy_steps, turn
 from pacswap.ops.loops.registers import ACROSS, adapt, multiply, pull, weigh
 from pacswap.ops.loops.threads import compiled
-
-__all__ = ["CHUNK", "NUMBERS", "backward", "forward", "weights"]
 
 
 @compiled
@@ -71,25 +67,19 @@ def adapted(
 def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """output[b, o, p] = Σ_ct w[o, c, t] · K[b, t, p] · v[b, c, p + t].
 
-    For so many of [b, chunk, part of the outputs' channels]. `given`: addresses of v, factors, the
-    weight, the packed weight (0 if each part packs its own), the output, a room for each thread
-    and the orders of the taps; numbers of a room, where in it the packed weight, the sums and the
-    columns begin; B, groups, channels of a group of the input and of the output, pieces of a group,
-    parts; lie.
+    For so many of [b, run of chunks, part of the outputs' channels]. `given`: addresses of v,
+    factors, the weight, the packed weight (0 if each run packs its own), the output, a room for
+    each thread and the orders of the taps; numbers of a room, where in it the packed weight, the
+    sums and the columns begin; B, groups, channels of a group of the input and of the output,
+    pieces of a group, parts, chunks of a run; lie.
     """
-    g, lie, size = given, given[17:], like.itemsize
-    groups, ins, outs, pieces, parts = g[12], g[13], g[14], g[15], g[16]
-    taps, KW, H_W = lie[11], lie[10], lie[0] * lie[1]
+    g, lie, size = given, given[18:], like.itemsize
+    groups, ins, outs, pieces, parts, run = g[12], g[13], g[14], g[15], g[16], g[17]
     lanes, high, step = sizes(like)
-    wide, end = ACROSS * lanes, g[0] + g[11] * groups * ins * H_W * size
-    room = g[5] + thread * g[7] * size
-    own, sums, X = room + g[8] * size, room + g[9] * size, room + g[10] * size
-    each, most = -(-outs // high), -(-ins // pieces)  # blocks of outputs, channels of a piece
+    own = g[5] + (thread * g[7] + g[8]) * size
+    each, deep = -(-outs // high), ins * lie[11]  # blocks of a group's outputs; rows of products
     for item in range(first, last):
-        n, part = item // parts, item % parts
-        b, c = n // lie[14], chunk(n % lie[14], lie)
-        count = (c[1] - c[0]) * (c[3] - c[2])
-        blocks = -(-count // wide)
+        n, part = item // parts * run, item % parts
         u0, u1 = groups * each * part // parts, groups * each * (part + 1) // parts
         for group in range(u0 // each, -(-u1 // each)):
             o0 = max(u0, group * each) - group * each
@@ -97,32 +87,65 @@ def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
             base = o0 * high // step * step
             for a in range(pieces):
                 c0, c1 = ins * a // pieces, ins * (a + 1) // pieces
-                image = g[0] + (b * groups * ins + group * ins + c0) * H_W * size
-                columns(like, image, end, X, c1 - c0, c, lie)
-                left, apart = own, (c1 - c0) * taps * step  # a panel of weights
+                left, apart = own, (c1 - c0) * lie[11] * step  # panels of the weight
                 if g[3]:
-                    left = g[3] + (group * -(-outs // step) * ins + c0) * taps * step * size
-                    left, apart = left + base * ins * taps * size, ins * taps * step
+                    left = g[3] + (group * -(-outs // step) * deep + c0 * lie[11]) * step * size
+                    left, apart = left + base * deep * size, deep * step
                 else:
-                    order = numbers_at(g[6] + (c1 - c0 < most) * most * taps * 8, (c1 - c0) * taps)
+                    most = -(-ins // pieces)
+                    order = numbers_at(
+                        g[6] + (c1 - c0 < most) * most * lie[11] * 8, (c1 - c0) * lie[11]
+                    )
                     for o in range(base, min(outs, o1 * high), step):
-                        source = g[2] + ((group * outs + o) * ins + c0) * taps * size
-                        here, into = min(step, outs - o), own + (o - base) // step * apart * size
-                        together(like, source, ins * taps, here, into, step, order, (c1 - c0) * taps)
-                run = (c1 - c0) * (c[7] - c[6])
-                jump = ((c1 - c0) * KW - run) * step
-                counts = run * (c[5] - c[4]), max(1, run), jump
-                left += (c[4] * KW + c[6]) * (c1 - c0) * step * size
-                for q in range(blocks):
-                    across = adapted(like, g[1], X, room, q * wide, (c1 - c0, c1 - c0), n, lie)
-                    for o in range(o0, o1):
-                        here = left + ((o * high - base) // step * apart + o * high % step) * size
-                        into = sums + ((o - o0) * blocks + q) * high * wide * size
-                        product(like, across, here, room, into, counts, a)
-            for o in range(o0 * high, min(outs, o1 * high)):
-                source = sums + ((o // high - o0) * blocks * high + o % high) * wide * size
-                to = g[4] + ((b * groups + group) * outs + o) * lie[2] * lie[3] * size
-                put(like, source, high * wide, to, c, lie)
+                        source = g[2] + ((group * outs + o) * deep + c0 * lie[11]) * size
+                        into = own + (o - base) // step * apart * size
+                        together(like, source, deep, min(step, outs - o), into, step, order, order.size)
+                left -= base // step * apart * size
+                places, channels = (left, apart, thread), (group, a, o0, o1)
+                add_piece(like, n, run, places, channels, given)
+            finish(like, n, run, thread, (group, o0, o1), given)
+
+
+@compiled
+def add_piece(like: Any, n: int, run: int, places: Any, channels: Any, given: Any) -> None:
+    """What a piece of channels gives to the sums of a run of chunks, which begins at n."""
+    g, lie, size = given, given[18:], like.itemsize
+    (left, apart, thread), (group, a, o0, o1) = places, channels
+    ins, KW, H_W = g[13], lie[10], lie[0] * lie[1]
+    _, high, step = sizes(like)
+    wide, end = ACROSS * sizes(like)[0], g[0] + g[11] * g[12] * ins * H_W * size
+    c0, c1 = ins * a // g[15], ins * (a + 1) // g[15]
+    room = g[5] + thread * g[7] * size
+    sums, X = room + g[9] * size, room + g[10] * size
+    for item in range(n, n + run):
+        c = chunk(item % lie[14], lie)
+        image = g[0] + ((item // lie[14] * g[12] + group) * ins + c0) * H_W * size
+        columns(like, image, end, X, c1 - c0, c, lie)
+        count = (c1 - c0) * (c[7] - c[6])
+        counts = count * (c[5] - c[4]), max(1, count), ((c1 - c0) * KW - count) * step
+        start = left + (c[4] * KW + c[6]) * (c1 - c0) * step * size
+        for p in range(0, (c[1] - c[0]) * (c[3] - c[2]), wide):
+            across = adapted(like, g[1], X, room, p, (c1 - c0, c1 - c0), item, lie)
+            for o in range(o0, o1):
+                here = start + (o * high // step * apart + o * high % step) * size
+                product(like, across, here, room, sums, counts, a)
+                sums += high * wide * size
+
+
+@compiled
+def finish(like: Any, n: int, run: int, thread: int, channels: Any, given: Any) -> None:
+    """The sums of a run of chunks to where they belong."""
+    g, lie, size = given, given[18:], like.itemsize
+    (group, o0, o1), (_, high, _), outs = channels, sizes(like), g[14]
+    wide = ACROSS * sizes(like)[0]
+    sums = g[5] + (thread * g[7] + g[9]) * size
+    for item in range(n, n + run):
+        c = chunk(item % lie[14], lie)
+        for o in range(o0 * high, min(outs, o1 * high)):
+            to = ((item // lie[14] * g[12] + group) * outs + o) * lie[2] * lie[3] * size
+            source = sums + (o - o0 * high) * wide * size
+            put(like, source, (o1 - o0) * high * wide, g[4] + to, c, lie)
+        sums += -(-((c[1] - c[0]) * (c[3] - c[2])) // wide) * (o1 - o0) * high * wide * size
 
 
 @compiled
@@ -216,7 +239,7 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
             c = chunk(s, lie)
             at = (b * groups * ins + group * ins + c0) * H_W * size
             columns(like, g[0] + at, end, X, c1 - c0, c, lie)
-            clear(like, found, g[11])
+            clear(like, found, (lot if lot else c1 - c0) * (c[7] - c[6]) * lie[6] * lie[12])
             runs, rows = (taps_of(c), c1 - c0) if lot else (1, (c1 - c0) * taps)
             count = (c[1] - c[0]) * (c[3] - c[2])
             for p in range(0, count, wide):

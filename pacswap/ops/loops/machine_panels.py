@@ -30,7 +30,6 @@ from pacswap.ops.loops.registers import ACROSS, lanes_of, rows_of
 from pacswap.ops.loops.threads import compiled, pointer
 
 _lanes, _rows = compiled(lanes_of), compiled(rows_of)
-NUMBERS = 17  # of `lie`
 CHUNK = 9  # numbers of a chunk
 
 

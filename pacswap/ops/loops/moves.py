@@ -115,12 +115,14 @@ def add(typingctx, like, into, source, count):  # type: ignore
         with cgutils.for_range(to, whole) as n:
             place = m.at(into, n.index, m.bytes)
             m.store(to.fadd(m.load(place), m.load(m.at(source, n.index, m.bytes))), place)
-        done = to.mul(whole, ir.Constant(INT, m.lanes))
-        with cgutils.for_range(to, to.sub(count, done)) as n:
-            at = to.add(done, n.index)
-            place = m.at(into, at, m.size)
-            added = m.load(m.at(source, at, m.size), m.number)
-            m.store(to.fadd(m.load(place, m.number), added), place)
+        done, width = to.mul(whole, ir.Constant(INT, m.lanes)), m.lanes // 2
+        while width:  # a rest of fewer lanes: 8, 4, 2 and 1 of them
+            wanted = to.and_(count, ir.Constant(INT, width))
+            with to.if_then(to.icmp_signed("!=", wanted, ir.Constant(INT, 0))):
+                kind = ir.VectorType(m.number, width)
+                place, start = m.at(into, done, m.size), m.at(source, done, m.size)
+                m.store(to.fadd(m.load(place, kind), m.load(start, kind)), place)
+            done, width = to.add(done, wanted), width // 2
 
     return code_of(like, (), 3, write)
 
