@@ -22,10 +22,10 @@ from pacswap.ops.loops.machine_panels import (
 )
 from pacswap.ops.loops.moves import clear, copy, copy_rows, copy_steps, turn
 from pacswap.ops.loops.registers import ACROSS, adapt, multiply, pull, weigh
-from pacswap.ops.loops.threads import compiled
+from pacswap.ops.loops.threads import compiled, inner
 
 
-@compiled
+@inner
 def product(
     like: Any, across: int, left: int, right: int, into: int, counts: Any, more: int
 ) -> None:
@@ -39,7 +39,7 @@ def product(
         multiply(like, 1, left, right, into, total, run, jump, more)
 
 
-@compiled
+@inner
 def adapted(
     like: Any, factors: int, X: int, into: int, p: int, counts: Any, item: int, lie: Any
 ) -> int:
@@ -106,7 +106,7 @@ def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
             finish(like, n, run, thread, (group, o0, o1), given)
 
 
-@compiled
+@inner
 def add_piece(like: Any, n: int, run: int, places: Any, channels: Any, given: Any) -> None:
     """What a piece of channels gives to the sums of a run of chunks, which begins at n."""
     g, lie, size = given, given[18:], like.itemsize
@@ -132,7 +132,7 @@ def add_piece(like: Any, n: int, run: int, places: Any, channels: Any, given: An
                 sums += high * wide * size
 
 
-@compiled
+@inner
 def finish(like: Any, n: int, run: int, thread: int, channels: Any, given: Any) -> None:
     """The sums of a run of chunks to where they belong."""
     g, lie, size = given, given[18:], like.itemsize
@@ -148,7 +148,7 @@ def finish(like: Any, n: int, run: int, thread: int, channels: Any, given: Any) 
         sums += -(-((c[1] - c[0]) * (c[3] - c[2])) // wide) * (o1 - o0) * high * wide * size
 
 
-@compiled
+@inner
 def put(like: Any, source: int, apart: int, into: int, c: Any, lie: Any) -> None:
     """A chunk's outputs of a channel to where they belong; its blocks lie so far apart."""
     size, wide, W_out = like.itemsize, ACROSS * sizes(like)[0], lie[3]
@@ -164,7 +164,7 @@ def put(like: Any, source: int, apart: int, into: int, c: Any, lie: Any) -> None
             x, p = x + count, p + count
 
 
-@compiled
+@inner
 def pulled(
     like: Any, across: int, left: int, right: int, total: int, rows: int, table: int, places: Any
 ) -> None:
@@ -178,7 +178,7 @@ def pulled(
         pull(like, 1, left, right, total, rows, table, x, k, f, d)
 
 
-@compiled
+@inner
 def transposed(
     like: Any, W: int, row: int, into: int, outs: int, channels: int, taps: int, lot: int
 ) -> None:
@@ -257,7 +257,7 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
             add_columns(like, found, g[4] + at, c1 - c0, c, lie)
 
 
-@compiled
+@inner
 def weighed(like: Any, across: int, left: int, right: int, into: int, counts: Any) -> None:
     """`weigh` for a block of so many vectors."""
     total, run, jump = counts
@@ -269,7 +269,7 @@ def weighed(like: Any, across: int, left: int, right: int, into: int, counts: An
         weigh(like, 1, left, right, into, total, run, jump)
 
 
-@compiled
+@inner
 def leave(
     like: Any, sums: int, W: int, apart: int, columns: int, channels: int, taps: int, lot: int
 ) -> None:

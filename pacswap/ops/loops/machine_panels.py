@@ -27,20 +27,20 @@ from pacswap.ops.loops.moves import (
     turn,
 )
 from pacswap.ops.loops.registers import ACROSS, lanes_of, rows_of
-from pacswap.ops.loops.threads import compiled, pointer
+from pacswap.ops.loops.threads import compiled, inner, pointer
 
-_lanes, _rows = compiled(lanes_of), compiled(rows_of)
+_lanes, _rows = inner(lanes_of), inner(rows_of)
 CHUNK = 9  # numbers of a chunk
 
 
-@compiled
+@inner
 def sizes(like: Any) -> tuple[int, int, int]:
     """Lanes of a vector, rows of a block, numbers from a k to the next where rows lie together."""
     lanes, rows = _lanes(like.ndim, like.itemsize), _rows(like.ndim)
     return lanes, rows, max(lanes, rows)
 
 
-@compiled
+@inner
 def span(start: int, step: int, count: int, side: int) -> tuple[int, int]:
     """Which of `count` places start, start + step, … lie in range(side): first and last + 1."""
     first = 0 if start >= 0 else (-start + step - 1) // step
@@ -48,19 +48,19 @@ def span(start: int, step: int, count: int, side: int) -> tuple[int, int]:
     return min(first, count), max(min(first, count), last)
 
 
-@compiled
+@inner
 def numbers_at(place: int, count: int) -> Any:
     """So many int64."""
     return carray(pointer(place), (count,), np.int64)
 
 
-@compiled
+@inner
 def chunk(s: int, lie: Any) -> Any:
     """A chunk's rows, columns, vertical and horizontal taps, each first and last + 1; its place."""
     return numbers_at(lie[15] + s * CHUNK * 8, CHUNK)
 
 
-@compiled
+@inner
 def inside(c: Any, i: int, j: int, lie: Any) -> tuple[int, int, int, int]:
     """From which rows and columns of a chunk a tap sees the image, first and last + 1."""
     x0, x1 = span(c[2] * lie[7] + j * lie[9] - lie[5], lie[7], c[3] - c[2], lie[1])
@@ -68,13 +68,13 @@ def inside(c: Any, i: int, j: int, lie: Any) -> tuple[int, int, int, int]:
     return y0, y1 if x0 < x1 else y0, x0, x1
 
 
-@compiled
+@inner
 def tap_of(t: int, c: Any) -> tuple[int, int]:
     """Its row and column in the window, from its number among a chunk's taps."""
     return c[4] + t // (c[7] - c[6]), c[6] + t % (c[7] - c[6])
 
 
-@compiled
+@inner
 def taps_of(c: Any) -> int:
     """How many taps a chunk has."""
     return (c[5] - c[4]) * (c[7] - c[6])
@@ -126,7 +126,7 @@ def collect(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     add(like, into + (y * W_out + x0) * size, start, x1 - x0)
 
 
-@compiled
+@inner
 def stretch(c: Any, j: int, phase: int, lie: Any) -> tuple[int, int, int, int, int]:
     """Of a channel's columns for a tap and a phase, the part that sees the image.
 
@@ -141,7 +141,7 @@ def stretch(c: Any, j: int, phase: int, lie: Any) -> tuple[int, int, int, int, i
     return y0, y1 if x0 < x1 else y0, x0, x1, (top + y0 * lie[6]) * lie[1] + left + x0 * lie[7]
 
 
-@compiled
+@inner
 def sides(like: Any, start: int, wide: int, part: Any) -> None:
     """Zeros at the left and the right of some rows."""
     y0, y1, x0, x1 = part
@@ -151,7 +151,7 @@ def sides(like: Any, start: int, wide: int, part: Any) -> None:
         clear_steps(like, start + (y0 * wide + x) * like.itemsize, y1 - y0, wide)
 
 
-@compiled
+@inner
 def columns(like: Any, image: int, end: int, X: int, channels: int, c: Any, lie: Any) -> None:
     """What a chunk sees of some channels of an image, 0 beyond it.
 
@@ -193,7 +193,7 @@ def columns(like: Any, image: int, end: int, X: int, channels: int, c: Any, lie:
                 start += room * size
 
 
-@compiled
+@inner
 def add_columns(like: Any, X: int, image: int, channels: int, c: Any, lie: Any) -> None:
     """The inverse of `columns`: added to the image."""
     size, wide = like.itemsize, c[3] - c[2]
@@ -217,7 +217,7 @@ def add_columns(like: Any, X: int, image: int, channels: int, c: Any, lie: Any) 
                 start += room * size
 
 
-@compiled
+@inner
 def together(
     like: Any, source: int, apart: int, rows: int, into: int, step: int, order: Any, deep: int
 ) -> None:
