@@ -352,6 +352,8 @@ def _bands(shape: Shape, each: int) -> tuple[tuple[int, ...], ...]:
         axes.append(found)
     bands, before = [], 0
     for (h0, h1, i0, i1), (w0, w1, j0, j1) in product(*axes):
+        if i0 == i1 or j0 == j1:
+            i0, i1, j0, j1 = 0, 0, 0, 0
         tall = max(1, shape.cache // (_seen(shape, each) * (w1 - w0)))
         for a, b in pairwise([*range(h0, h1, tall), h1]):
             bands.append((a, b, w0, w1, i0, i1, j0, j1, before))
