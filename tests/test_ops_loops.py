@@ -133,6 +133,7 @@ LARGE = {
     "strided": Case(5, stride=(2, 3), padding=2, channels=(33, 40), image=(1, 41, 37)),
     "beyond_the_image": Case(padding=12, dilation=12, channels=(20, 6), image=(2, 20, 22)),
     "one_axis_beyond": Case((3, 5), padding=(0, 20), dilation=(1, 10), channels=(6, 8), image=(1, 9, 14)),
+    "more_border_than_image": Case(padding=6, channels=(6, 5), image=(1, 5, 4)),
     "groups": Case(padding=1, groups=3, channels=(18, 12), image=(2, 17, 15)),
     "groups_beyond": Case(padding=8, dilation=8, groups=2, channels=(8, 4), image=(1, 12, 10)),
     "depthwise": Case(7, padding=3, groups=12, channels=(12, 24), image=(2, 25, 18)),

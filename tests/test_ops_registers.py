@@ -59,7 +59,10 @@ class Machine:
 
     def __init__(self, axes: int, dtype: Any) -> None:
         self.like = np.empty((0,) * axes, dtype)
-        self.lanes, self.rows = registers.lanes_of(axes, self.like.itemsize), registers.rows_of(axes)
+        self.lanes, self.rows = (
+            registers.lanes_of(axes, self.like.itemsize),
+            registers.rows_of(axes),
+        )
         self.wide, self.step = ACROSS * self.lanes, max(self.lanes, self.rows)
         self._draw, self._close = np.random.default_rng(0), 1e-5 if dtype is np.float32 else 1e-13
 

@@ -1,4 +1,4 @@
-"""Which taps of a convolution lie in the image, and what the loops of a CPU are estimated to take."""
+"""Which taps of a convolution lie in the image, and what a CPU is estimated to take."""
 
 from __future__ import annotations
 

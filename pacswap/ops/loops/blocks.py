@@ -110,7 +110,9 @@ def shape_of(image: Tensor, weight: Tensor, window: Window, groups: int) -> Shap
 
 
 @lru_cache(maxsize=256)
-def _shape(window: Window, groups: int, B: int, C: int, H: int, W: int, outs: int, ins: int) -> Shape:
+def _shape(
+    window: Window, groups: int, B: int, C: int, H: int, W: int, outs: int, ins: int
+) -> Shape:
     return Shape(window, (H, W), B, groups, ins, outs // groups)
 
 
@@ -227,7 +229,9 @@ class Blocks:
     def whole_order(self) -> NDArray[np.int64]:
         """`order` of all pieces of a group."""
         ins, pieces = self.shape.ins, self.pieces
-        return self.order(*(b - a for a, b in pairwise(ins * n // pieces for n in range(pieces + 1))))
+        return self.order(
+            *(b - a for a, b in pairwise(ins * n // pieces for n in range(pieces + 1)))
+        )
 
     @cached_property
     def piece_orders(self) -> NDArray[np.int64]:

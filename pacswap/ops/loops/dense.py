@@ -1,6 +1,6 @@
 """The dense and the grouped convolution: K·v and Z block by block, in registers and first caches.
 
-Z = Wᵀ·dY is what the products are to K·v: the gradient of v is K·Z and that of K is v·Z, tap by tap.
+Z = Wᵀ·dY is the gradient of K·v: that of v is K·Z, and that of K is v·Z, tap by tap.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pacswap.ops.loops.blocks import (
 from pacswap.ops.loops.threads import parts, shared
 from pacswap.ops.window import Window
 
-# Multiply-adds of a product in the time of one number of another loop.
+# Multiply-adds in the time of one number of another loop.
 _PRODUCTS = 16
+# Blocks of outputs that the weight's gradient takes at once: K·v of them stays in the second cache.
+_ONCE = 3
 
 
 def convolve(
@@ -39,41 +41,33 @@ def convolve(
         groups: of channels.
     """
     shape, vectors = shape_of(image, weight, window, groups), vectors_of(image.dtype)
-    if not output.numel():
-        return
-    if not shape.ins:
+    if not image.numel() or not output.numel():
         output.zero_()
         return
     units = groups * -(-shape.outs // vectors.high)
     threads = parts(shape.batch * shape.size[0] * units, shape.products // _PRODUCTS)
     work = forward_blocks(shape, vectors, threads)
-    taps = window.taps
     factors = _factors(kernel, work)
     items = shape.batch * (len(work.chunks) // work.run) * work.parts
-    packs_own = shape.is_sparse or items <= threads
-    packed = None if packs_own else _packed(weight, work)
-    panels = -(-min(shape.outs, -(-units // work.parts) * vectors.high) // vectors.step) + 1
-    blocks = min(units // groups, -(-units // work.parts)) * vectors.high
+    packed = None if shape.is_sparse or items <= threads else _packed(weight, work)
+    own = (
+        min(units // groups, -(-units // work.parts)) * vectors.high
+    )  # outputs' channels of a part
+    panels = 0 if packed is not None else -(-own // vectors.step) + 1
     numbers = (
-        work.each * taps * vectors.wide,
-        panels * work.each * taps * vectors.step if packs_own else 0,
-        blocks * work.run_blocks * vectors.wide,
+        work.each * window.taps * vectors.wide,
+        panels * work.each * window.taps * vectors.step,
+        own * work.run_blocks * vectors.wide,
         work.columns,
     )
     room, begins = _room(image, numbers, work)
-    _run(
-        machine_dense.forward,
-        work,
-        image,
-        items,
-        threads,
-        [
-            *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
-            *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
-            *(work.piece_orders.ctypes.data, *begins),
-            *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts, work.run),
-        ],
-    )
+    given = [
+        *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
+        *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
+        *(work.piece_orders.ctypes.data, *begins),
+        *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts, work.run),
+    ]
+    _run(machine_dense.forward, work, image, items, threads, given)
 
 
 def gradients(
@@ -101,8 +95,10 @@ def gradients(
     """
     found = torch.zeros_like(image) if needed[0] or needed[1] else None
     grad_kernel = torch.zeros_like(kernel) if needed[1] else None
-    grad_weight = torch.zeros_like(weight) if needed[2] else None
-    if image.numel() and grad.numel():
+    is_empty = not image.numel() or not grad.numel()
+    made = torch.zeros_like if is_empty else torch.empty_like
+    grad_weight = made(weight) if needed[2] else None
+    if not is_empty:
         shape, vectors = shape_of(image, weight, window, groups), vectors_of(image.dtype)
         threads = parts(image.shape[1], shape.products // _PRODUCTS)
         work = backward_blocks(shape, vectors, threads)
@@ -132,55 +128,41 @@ def _pull(
     dots = image.new_zeros(work.threads * factors.numel())
     numbers = (_whole(work.rows, vectors.step) * shape.outs, work.columns, work.columns)
     room, (each, _, begin, _) = _room(image, (0, *numbers), work)
-    _run(
-        machine_dense.backward,
-        work,
-        image,
-        shape.groups * work.pieces,
-        work.threads,
-        [
-            *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
-            *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
-            *(factors.numel(), each, begin, work.columns, shape.batch, shape.groups),
-            *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot),
-        ],
-    )
+    given = [
+        *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
+        *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
+        *(factors.numel(), each, begin, work.columns, shape.batch, shape.groups),
+        *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot),
+    ]
+    _run(machine_dense.backward, work, image, shape.groups * work.pieces, work.threads, given)
     if grad_kernel is not None:
         given = [dots.data_ptr(), grad_kernel.data_ptr(), work.threads, factors.numel()]
         _run(machine_panels.collect, work, image, images, parts(images, dots.numel()), given)
 
 
-def _weigh(
-    image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, work: Blocks
-) -> None:
+def _weigh(image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, work: Blocks) -> None:
     """Fill the weight's gradient."""
     shape, vectors = work.shape, work.vectors
-    wide, matrices, outputs = vectors.wide, shape.batch * shape.groups, shape.size[0] * shape.size[1]
+    wide, matrices, outputs = (
+        vectors.wide,
+        shape.batch * shape.groups,
+        shape.size[0] * shape.size[1],
+    )
     panels = -(-shape.outs // wide)
     turned = image.new_empty(matrices * panels * outputs * wide)
     given = [grad.data_ptr(), turned.data_ptr(), work.places.ctypes.data, work.places.size]
     given += [shape.outs, outputs, wide]
     count = matrices * panels
     _run(machine_panels.pack, work, image, count, parts(count, turned.numel()), given)
-    deep, once = _whole(work.rows, vectors.high), registers_deep(work)
+    deep, once = _whole(work.rows, vectors.high), min(_ONCE, work.blocks)
     numbers = (once * deep * wide, panels * deep * wide, work.columns)
     room, (each, sums, columns) = _room(image, numbers, work)
-    _run(
-        machine_dense.weights,
-        work,
-        image,
-        shape.groups * work.pieces,
-        work.threads,
-        [
-            *(image.data_ptr(), factors.data_ptr(), turned.data_ptr(), grad_weight.data_ptr()),
-            *(room.data_ptr(), each, sums, columns, once, shape.batch, shape.groups),
-            *(shape.ins, shape.outs, work.pieces, work.lot),
-        ],
-    )
-
-
-def registers_deep(work: Blocks) -> int:
-    return min(3, work.blocks)
+    given = [
+        *(image.data_ptr(), factors.data_ptr(), turned.data_ptr(), grad_weight.data_ptr()),
+        *(room.data_ptr(), each, sums, columns, once, shape.batch, shape.groups),
+        *(shape.ins, shape.outs, work.pieces, work.lot),
+    ]
+    _run(machine_dense.weights, work, image, shape.groups * work.pieces, work.threads, given)
 
 
 def _factors(kernel: Tensor, work: Blocks) -> Tensor:

@@ -75,7 +75,7 @@ def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """
     g, lie, size = given, given[18:], like.itemsize
     groups, ins, outs, pieces, parts, run = g[12], g[13], g[14], g[15], g[16], g[17]
-    lanes, high, step = sizes(like)
+    _, high, step = sizes(like)
     own = g[5] + (thread * g[7] + g[8]) * size
     each, deep = -(-outs // high), ins * lie[11]  # blocks of a group's outputs; rows of products
     for item in range(first, last):
@@ -99,7 +99,9 @@ def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     for o in range(base, min(outs, o1 * high), step):
                         source = g[2] + ((group * outs + o) * deep + c0 * lie[11]) * size
                         into = own + (o - base) // step * apart * size
-                        together(like, source, deep, min(step, outs - o), into, step, order, order.size)
+                        together(
+                            like, source, deep, min(step, outs - o), into, step, order, order.size
+                        )
                 left -= base // step * apart * size
                 places, channels = (left, apart, thread), (group, a, o0, o1)
                 add_piece(like, n, run, places, channels, given)

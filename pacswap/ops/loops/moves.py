@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
-from llvmlite import ir
 
 from pacswap.ops.loops.registers import INT, code_of
 
 
 @intrinsic
-def turn(typingctx, like, source, lines, into, places):  # type: ignore
+def turn(typingctx, like, source, lines, into, places):
     """into[places[j] + i] = source[lines[i] + j], for as many i and j as a vector has lanes.
 
     Args:
@@ -20,7 +20,7 @@ def turn(typingctx, like, source, lines, into, places):  # type: ignore
         places: address of an int64 for each j.
     """
 
-    def write(m, source, lines, into, places):  # type: ignore
+    def write(m, source, lines, into, places):
         starts = [m.load(m.at(lines, i, 8), INT) for i in range(m.lanes)]
         held = [m.load(m.at(source, start, m.size)) for start in starts]
         distance = 1
@@ -41,7 +41,7 @@ def turn(typingctx, like, source, lines, into, places):  # type: ignore
 
 
 @intrinsic(prefer_literal=True)
-def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors):  # type: ignore
+def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors):
     """Rows of whole vectors, of the source every number or every second.
 
     Args:
@@ -54,7 +54,7 @@ def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors
         vectors: of a row.
     """
 
-    def write(m, step, into, apart, source, further, rows, vectors):  # type: ignore
+    def write(m, step, into, apart, source, further, rows, vectors):
         to, even = m.to, [2 * lane for lane in range(m.lanes)]
         y, x = m.place(into), m.place(source)
         with cgutils.for_range(to, rows):
@@ -70,10 +70,10 @@ def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors
 
 
 @intrinsic
-def copy(typingctx, like, into, source, count):  # type: ignore
+def copy(typingctx, like, into, source, count):
     """So many numbers from one address to another."""
 
-    def write(m, into, source, count):  # type: ignore
+    def write(m, into, source, count):
         places = [m.to.inttoptr(place, cgutils.voidptr_t) for place in (into, source)]
         cgutils.raw_memcpy(m.to, *places, count, m.size)
 
@@ -81,10 +81,10 @@ def copy(typingctx, like, into, source, count):  # type: ignore
 
 
 @intrinsic
-def copy_steps(typingctx, like, into, source, count, step):  # type: ignore
+def copy_steps(typingctx, like, into, source, count, step):
     """So many numbers, of the source every so many."""
 
-    def write(m, into, source, count, step):  # type: ignore
+    def write(m, into, source, count, step):
         with cgutils.for_range(m.to, count) as n:
             held = m.load(m.at(source, m.to.mul(n.index, step), m.size), m.number)
             m.store(held, m.at(into, n.index, m.size))
@@ -93,10 +93,10 @@ def copy_steps(typingctx, like, into, source, count, step):  # type: ignore
 
 
 @intrinsic
-def add_steps(typingctx, like, into, source, count, step):  # type: ignore
+def add_steps(typingctx, like, into, source, count, step):
     """So many numbers are added, each to one so many further."""
 
-    def write(m, into, source, count, step):  # type: ignore
+    def write(m, into, source, count, step):
         with cgutils.for_range(m.to, count) as n:
             place = m.at(into, m.to.mul(n.index, step), m.size)
             added = m.load(m.at(source, n.index, m.size), m.number)
@@ -106,10 +106,10 @@ def add_steps(typingctx, like, into, source, count, step):  # type: ignore
 
 
 @intrinsic
-def add(typingctx, like, into, source, count):  # type: ignore
+def add(typingctx, like, into, source, count):
     """So many numbers are added to what is at an address."""
 
-    def write(m, into, source, count):  # type: ignore
+    def write(m, into, source, count):
         to = m.to
         whole = to.sdiv(count, ir.Constant(INT, m.lanes))
         with cgutils.for_range(to, whole) as n:
@@ -128,10 +128,10 @@ def add(typingctx, like, into, source, count):  # type: ignore
 
 
 @intrinsic
-def clear(typingctx, like, into, count):  # type: ignore
+def clear(typingctx, like, into, count):
     """So many zeros."""
 
-    def write(m, into, count):  # type: ignore
+    def write(m, into, count):
         size = m.to.mul(count, ir.Constant(INT, m.size))
         cgutils.memset(m.to, m.to.inttoptr(into, cgutils.voidptr_t), size, 0)
 
@@ -139,10 +139,10 @@ def clear(typingctx, like, into, count):  # type: ignore
 
 
 @intrinsic
-def clear_steps(typingctx, like, into, count, step):  # type: ignore
+def clear_steps(typingctx, like, into, count, step):
     """So many zeros, one every so many numbers."""
 
-    def write(m, into, count, step):  # type: ignore
+    def write(m, into, count, step):
         with cgutils.for_range(m.to, count) as n:
             m.store(ir.Constant(m.number, 0), m.at(into, m.to.mul(n.index, step), m.size))
 

@@ -128,7 +128,6 @@ class Maker:
         return sums
 
 
-
 def code_of(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> Any:
     """What an intrinsic gives: its signature, and what writes it.
 
@@ -148,12 +147,13 @@ def code_of(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> 
 
 
 @intrinsic(prefer_literal=True)
-def multiply(typingctx, like, across, left, right, into, total, run, jump, add):  # type: ignore
+def multiply(typingctx, like, across, left, right, into, total, run, jump, add):
     """into[row, column] = or += Σ_k left[k, row] · right[k, column].
 
     Args:
         across: vectors of columns, a constant.
-        left: address; rows of a k lie together, each k `step` of `panel` further.
+        left: address; the rows of a k lie together, and from a k to the next there are as many
+            numbers as a vector has lanes, or as a block has rows if these are more.
         right: address, `ACROSS` vectors for each k.
         into: address; rows lie `ACROSS` vectors apart.
         total: how many k.
@@ -162,7 +162,7 @@ def multiply(typingctx, like, across, left, right, into, total, run, jump, add):
         add: to what is there, unless 0.
     """
 
-    def write(m, across, left, right, into, total, run, jump, add):  # type: ignore
+    def write(m, across, left, right, into, total, run, jump, add):
         sums = m.outer(across, max(m.lanes, m.rows), 1, (left, right), (total, run, jump))
         _leave(m, sums, into, add)
 
@@ -170,10 +170,10 @@ def multiply(typingctx, like, across, left, right, into, total, run, jump, add):
 
 
 @intrinsic(prefer_literal=True)
-def weigh(typingctx, like, across, left, right, into, total, run, jump):  # type: ignore
+def weigh(typingctx, like, across, left, right, into, total, run, jump):
     """As `multiply` that adds, with the k of a row together: rows lie `ACROSS` vectors apart."""
 
-    def write(m, across, left, right, into, total, run, jump):  # type: ignore
+    def write(m, across, left, right, into, total, run, jump):
         sums = m.outer(across, 1, ACROSS * m.lanes, (left, right), (total, run, jump))
         _leave(m, sums, into, ir.Constant(INT, 1))
 
@@ -193,7 +193,7 @@ def _leave(m: Maker, sums: list[list[Any]], into: Any, add: Any) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def pull(typingctx, like, across, left, right, total, rows, table, image, kernel, found, dots):  # type: ignore
+def pull(typingctx, like, across, left, right, total, rows, table, image, kernel, found, dots):
     """Z = Σ_k left[k, row] · right[k, column], of which found += K · Z and dots += v · Z.
 
     Args:
@@ -210,7 +210,7 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
         dots: address.
     """
 
-    def write(m, across, left, right, total, rows, table, image, kernel, found, dots):  # type: ignore
+    def write(m, across, left, right, total, rows, table, image, kernel, found, dots):
         to = m.to
         step = max(m.lanes, m.rows)
         counts = (total, total, ir.Constant(INT, 0))
@@ -229,7 +229,9 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
 
 
 @intrinsic(prefer_literal=True)
-def adapt(typingctx, like, across, kernel, line, image, channel, into, apart, table, taps, channels):  # type: ignore
+def adapt(
+    typingctx, like, across, kernel, line, image, channel, into, apart, table, taps, channels
+):
     """into[t, c, column] = K[t, column] · v[c, column + t].
 
     Args:
@@ -245,7 +247,7 @@ def adapt(typingctx, like, across, kernel, line, image, channel, into, apart, ta
         channels: how many.
     """
 
-    def write(m, across, kernel, line, image, channel, into, apart, table, taps, channels):  # type: ignore
+    def write(m, across, kernel, line, image, channel, into, apart, table, taps, channels):
         to = m.to
         with cgutils.for_range(to, taps) as tap:
             first = m.at(kernel, to.mul(tap.index, line), m.size)

@@ -38,7 +38,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """As `compiled`, for what only compiled functions call: made faster without a way from Python."""
+    """As `compiled`, for what only compiled functions call, without a way in from Python."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
@@ -113,7 +113,8 @@ def shared(
         raise RuntimeError(f"{packed[5]} of {threads} parts of a compiled loop came to their end.")
 
 
-# Next part, parts, count, how many numbers, its own address, parts that are done, the loop's address.
+# Next part, parts, count, how many numbers, its own address, parts that are done, the address of
+# the loop.
 _HEAD = 7
 
 
