@@ -1,162 +1,344 @@
-"""Loops of the dense convolution, as numba compiles them: one tile of one image at a time.
+"""The products of the dense and the grouped convolution, as numba compiles them.
 
-Each takes (first, last, thread, given, like), as `threads.shared` calls it. `tile` is
-`Tile.numbers`; `moves` is (border above, border left, vertical stride, horizontal stride, vertical
-dilation, horizontal dilation).
+Each loop takes (first, last, thread, given, like), as `threads.shared` calls it; the rest is as in
+`machine_panels`. K·v of a block of outputs is written for a piece of channels, and stays in the
+first cache while all outputs' channels take it up; Z = Wᵀ·dY never leaves the registers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import carray
+import numpy as np
 
-from pacswap.ops.loops.threads import compiled, pointer
-
-
-@compiled
-def span(start: int, step: int, count: int, side: int) -> tuple[int, int]:
-    """Which of `count` places start, start + step, … lie in range(side): first and last + 1."""
-    first = 0 if start >= 0 else (-start + step - 1) // step
-    last = min(count, (side - 1 - start) // step + 1) if start < side else 0
-    return min(first, count), max(min(first, count), last)
-
-
-@compiled
-def clear_sides(x: Any, start: int, y0: int, y1: int, count: int, a: int, b: int) -> None:
-    """0 at the left and the right of some rows; setting slices would take as long as the rows."""
-    for r in range(y0, y1):
-        for n in range(start + r * count, start + r * count + a):
-            x[n] = 0
-        for n in range(start + r * count + b, start + (r + 1) * count):
-            x[n] = 0
+from pacswap.ops.loops.machine_panels import (
+    add_columns,
+    chunk,
+    columns,
+    numbers_at,
+    sizes,
+    taps_of,
+    together,
+)
+from pacswap.ops.loops.moves import clear, copy, copy_rows, copy_steps, turn
+from pacswap.ops.loops.registers import ACROSS, adapt, multiply, pull, weigh
+from pacswap.ops.loops.threads import compiled, inner
 
 
-@compiled
-def multiply(part: Any, k: Any, v: Any, step: int) -> None:
-    """part = k · v, of v every so many."""
-    if step == 1:
-        for n in range(part.size):
-            part[n] = k[n] * v[n]
+@inner
+def product(
+    like: Any, across: int, left: int, right: int, into: int, counts: Any, more: int
+) -> None:
+    """`multiply` for a block of so many vectors."""
+    total, run, jump = counts
+    if across == 3:
+        multiply(like, 3, left, right, into, total, run, jump, more)
+    elif across == 2:
+        multiply(like, 2, left, right, into, total, run, jump, more)
     else:
-        for n in range(part.size):
-            part[n] = k[n] * v[n * step]
+        multiply(like, 1, left, right, into, total, run, jump, more)
 
 
-@compiled
-def adapt(first: int, last: int, thread: int, given: Any, like: Any) -> None:
-    """seen[c, t, p] = K[t, p] · v[c, p + t], 0 beyond the image; channels `first` to `last`.
+@inner
+def adapted(
+    like: Any, factors: int, X: int, into: int, p: int, counts: Any, item: int, lie: Any
+) -> int:
+    """`adapt` for the block of a chunk's outputs that begins at p; how many vectors it has.
 
-    `given`: v [C, H, W], K [taps, H_out, W_out] and seen [C, taps of the tile, outputs], each as
-    `described`; then tile, moves and the taps of a row of the window.
+    `counts`: channels, rows of `into` for a tap. `item`: of [b, chunk].
     """
-    g = given
-    image = carray(pointer(g[0]), (g[1], g[2], g[3]), like.dtype)
-    factors = carray(pointer(g[4]), (g[5], g[6], g[7]), like.dtype)
-    seen = carray(pointer(g[8]), (g[9], g[10], g[11]), like.dtype)
-    r0, r1, c0, c1, i0, i1, j0, j1 = g[12], g[13], g[14], g[15], g[16], g[17], g[18], g[19]
-    above, beside, down, across, apart_y, apart_x = g[20], g[21], g[22], g[23], g[24], g[25]
-    KW = g[26]
-    height, width = image.shape[1:]
-    high, wide = factors.shape[1:]
-    rows, count, taps_x = r1 - r0, c1 - c0, j1 - j0
-    v, K, S = image.reshape(-1), factors.reshape(-1), seen.reshape(-1)
-    is_flat = down == 1 and across == 1 and count == width and wide == width
-    for c in range(first, last):
-        for i in range(i0, i1):
-            top = r0 * down - above + i * apart_y
-            for j in range(j0, j1):
-                start = (c * (i1 - i0) + i - i0) * taps_x + j - j0
-                start = start * rows * count
-                left = c0 * across - beside + j * apart_x
-                a, b = span(left, across, count, width)
-                y0, y1 = span(top, down, rows, height)
-                if a >= b or y0 >= y1:
-                    S[start : start + rows * count] = 0
-                    continue
-                S[start : start + y0 * count] = 0
-                S[start + y1 * count : start + rows * count] = 0
-                k0 = ((i * KW + j) * high + r0) * wide + c0
-                if is_flat:
-                    # All rows in one go: what a row sees of its neighbours is put right after.
-                    p, q = y0 * count + a, (y1 - 1) * count + b
-                    x = c * height * width + top * width + left
-                    multiply(S[start + p : start + q], K[k0 + p : k0 + q], v[x + p : x + q], 1)
-                clear_sides(S, start, y0, y1, count, a, b)
-                for r in range(y0, 0 if is_flat else y1):
-                    s = start + r * count
-                    x = (c * height + top + r * down) * width + left + a * across
-                    part, k = S[s + a : s + b], K[k0 + r * wide + a : k0 + r * wide + b]
-                    line = v[x : x + (b - a - 1) * across + 1]
-                    multiply(part, k, line, across)
-
-
-@compiled
-def share(Z: Any, k: Any, v: Any, into: Any, sums: Any, step: int) -> None:
-    """What a tap's gradient is to its pixel, into += K · Z, and to its factor, sums += Z · v."""
-    if step == 1:
-        for n in range(Z.size):
-            into[n] += k[n] * Z[n]
-            sums[n] += Z[n] * v[n]
+    size, (channels, lot), lanes = like.itemsize, counts, sizes(like)[0]
+    s = item % lie[14]
+    c = chunk(s, lie)
+    across = min(ACROSS, -(-((c[1] - c[0]) * (c[3] - c[2]) - p) // lanes))
+    k, x = factors + (item * lie[11] * lie[13] + p) * size, X + p * size
+    apart, table, taps = lot * ACROSS * lanes, lie[16] + s * lie[11] * 8, taps_of(c)
+    channel = (c[7] - c[6]) * lie[6] * lie[12]
+    if across == 3:
+        adapt(like, 3, k, lie[13], x, channel, into, apart, table, taps, channels)
+    elif across == 2:
+        adapt(like, 2, k, lie[13], x, channel, into, apart, table, taps, channels)
     else:
-        for n in range(Z.size):
-            into[n * step] += k[n] * Z[n]
-            sums[n] += Z[n] * v[n * step]
+        adapt(like, 1, k, lie[13], x, channel, into, apart, table, taps, channels)
+    return across
 
 
 @compiled
-def gather(first: int, last: int, thread: int, given: Any, like: Any) -> None:
-    """Both gradients from Z: found[c, p + t] += K · Z, dots[t, p] += Σ_c Z · v.
+def forward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
+    """output[b, o, p] = Σ_ct w[o, c, t] · K[b, t, p] · v[b, c, p + t].
 
-    `given`: v [C, H, W], K [taps, H_out, W_out], Z [C, taps of the tile, outputs] (what lies beyond
-    the image becomes 0), found like v, dots [threads, taps of the tile, outputs]; then as in
-    `adapt`.
+    For so many of [b, run of chunks, part of the outputs' channels]. `given`: addresses of v,
+    factors, the weight, the packed weight (0 if each run packs its own), the output, a room for
+    each thread and the orders of the taps; numbers of a room, where in it the packed weight, the
+    sums and the columns begin; B, groups, channels of a group of the input and of the output,
+    pieces of a group, parts, chunks of a run; lie.
     """
-    g = given
-    image = carray(pointer(g[0]), (g[1], g[2], g[3]), like.dtype)
-    factors = carray(pointer(g[4]), (g[5], g[6], g[7]), like.dtype)
-    pulled = carray(pointer(g[8]), (g[9], g[10], g[11]), like.dtype)
-    found = carray(pointer(g[12]), (g[13], g[14], g[15]), like.dtype)
-    dots = carray(pointer(g[16]), (g[17], g[18], g[19]), like.dtype)
-    r0, r1, c0, c1, i0, i1, j0, j1 = g[20], g[21], g[22], g[23], g[24], g[25], g[26], g[27]
-    above, beside, down, across, apart_y, apart_x = g[28], g[29], g[30], g[31], g[32], g[33]
-    KW = g[34]
-    height, width = image.shape[1:]
-    high, wide = factors.shape[1:]
-    rows, count, taps_x = r1 - r0, c1 - c0, j1 - j0
-    v, K, Z = image.reshape(-1), factors.reshape(-1), pulled.reshape(-1)
-    into, sums = found.reshape(-1), dots[thread].reshape(-1)
-    is_flat = down == 1 and across == 1 and count == width and wide == width
-    for c in range(first, last):
-        for i in range(i0, i1):
-            top = r0 * down - above + i * apart_y
-            for j in range(j0, j1):
-                t = (i - i0) * taps_x + j - j0
-                at, start = t * rows * count, (c * (i1 - i0) * taps_x + t) * rows * count
-                left = c0 * across - beside + j * apart_x
-                a, b = span(left, across, count, width)
-                y0, y1 = span(top, down, rows, height)
-                if a >= b or y0 >= y1:
-                    continue
-                k0 = ((i * KW + j) * high + r0) * wide + c0
-                if is_flat:
-                    clear_sides(Z, start, y0, y1, count, a, b)
-                    p, q = y0 * count + a, (y1 - 1) * count + b
-                    x = c * height * width + top * width + left
-                    share(
-                        Z[start + p : start + q],
-                        K[k0 + p : k0 + q],
-                        v[x + p : x + q],
-                        into[x + p : x + q],
-                        sums[at + p : at + q],
-                        1,
+    g, lie, size = given, given[18:], like.itemsize
+    groups, ins, outs, pieces, parts, run = g[12], g[13], g[14], g[15], g[16], g[17]
+    _, high, step = sizes(like)
+    own = g[5] + (thread * g[7] + g[8]) * size
+    each, deep = -(-outs // high), ins * lie[11]  # blocks of a group's outputs; rows of products
+    for item in range(first, last):
+        n, part = item // parts * run, item % parts
+        u0, u1 = groups * each * part // parts, groups * each * (part + 1) // parts
+        for group in range(u0 // each, -(-u1 // each)):
+            o0 = max(u0, group * each) - group * each
+            o1 = min(u1, (group + 1) * each) - group * each
+            base = o0 * high // step * step
+            for a in range(pieces):
+                c0, c1 = ins * a // pieces, ins * (a + 1) // pieces
+                left, apart = own, (c1 - c0) * lie[11] * step  # panels of the weight
+                if g[3]:
+                    left = g[3] + (group * -(-outs // step) * deep + c0 * lie[11]) * step * size
+                    left, apart = left + base * deep * size, deep * step
+                else:
+                    most = -(-ins // pieces)
+                    order = numbers_at(
+                        g[6] + (c1 - c0 < most) * most * lie[11] * 8, (c1 - c0) * lie[11]
                     )
-                    clear_sides(sums, at, y0, y1, count, a, b)  # 0·∞ beyond the image
-                    continue
-                for r in range(y0, y1):
-                    s, m, o = start + r * count, k0 + r * wide, at + r * count
-                    x = (c * height + top + r * down) * width + left + a * across
-                    end = x + (b - a - 1) * across + 1
-                    z, k, d = Z[s + a : s + b], K[m + a : m + b], sums[o + a : o + b]
-                    line, sent = v[x:end], into[x:end]
-                    share(z, k, line, sent, d, across)
+                    for o in range(base, min(outs, o1 * high), step):
+                        source = g[2] + ((group * outs + o) * deep + c0 * lie[11]) * size
+                        into = own + (o - base) // step * apart * size
+                        together(
+                            like, source, deep, min(step, outs - o), into, step, order, order.size
+                        )
+                left -= base // step * apart * size
+                places, channels = (left, apart, thread), (group, a, o0, o1)
+                add_piece(like, n, run, places, channels, given)
+            finish(like, n, run, thread, (group, o0, o1), given)
+
+
+@inner
+def add_piece(like: Any, n: int, run: int, places: Any, channels: Any, given: Any) -> None:
+    """What a piece of channels gives to the sums of a run of chunks, which begins at n."""
+    g, lie, size = given, given[18:], like.itemsize
+    (left, apart, thread), (group, a, o0, o1) = places, channels
+    ins, KW, H_W = g[13], lie[10], lie[0] * lie[1]
+    _, high, step = sizes(like)
+    wide, end = ACROSS * sizes(like)[0], g[0] + g[11] * g[12] * ins * H_W * size
+    c0, c1 = ins * a // g[15], ins * (a + 1) // g[15]
+    room = g[5] + thread * g[7] * size
+    sums, X = room + g[9] * size, room + g[10] * size
+    for item in range(n, n + run):
+        c = chunk(item % lie[14], lie)
+        image = g[0] + ((item // lie[14] * g[12] + group) * ins + c0) * H_W * size
+        columns(like, image, end, X, c1 - c0, c, lie)
+        count = (c1 - c0) * (c[7] - c[6])
+        counts = count * (c[5] - c[4]), max(1, count), ((c1 - c0) * KW - count) * step
+        start = left + (c[4] * KW + c[6]) * (c1 - c0) * step * size
+        for p in range(0, (c[1] - c[0]) * (c[3] - c[2]), wide):
+            across = adapted(like, g[1], X, room, p, (c1 - c0, c1 - c0), item, lie)
+            for o in range(o0, o1):
+                here = start + (o * high // step * apart + o * high % step) * size
+                product(like, across, here, room, sums, counts, a)
+                sums += high * wide * size
+
+
+@inner
+def finish(like: Any, n: int, run: int, thread: int, channels: Any, given: Any) -> None:
+    """The sums of a run of chunks to where they belong."""
+    g, lie, size = given, given[18:], like.itemsize
+    (group, o0, o1), (_, high, _), outs = channels, sizes(like), g[14]
+    wide = ACROSS * sizes(like)[0]
+    sums = g[5] + (thread * g[7] + g[9]) * size
+    for item in range(n, n + run):
+        c = chunk(item % lie[14], lie)
+        for o in range(o0 * high, min(outs, o1 * high)):
+            to = ((item // lie[14] * g[12] + group) * outs + o) * lie[2] * lie[3] * size
+            source = sums + (o - o0 * high) * wide * size
+            put(like, source, (o1 - o0) * high * wide, g[4] + to, c, lie)
+        sums += -(-((c[1] - c[0]) * (c[3] - c[2])) // wide) * (o1 - o0) * high * wide * size
+
+
+@inner
+def put(like: Any, source: int, apart: int, into: int, c: Any, lie: Any) -> None:
+    """A chunk's outputs of a channel to where they belong; its blocks lie so far apart."""
+    size, wide, W_out = like.itemsize, ACROSS * sizes(like)[0], lie[3]
+    rows = 1 if c[3] - c[2] == W_out else c[1] - c[0]
+    each = (c[1] - c[0]) * (c[3] - c[2]) // rows
+    p = 0
+    for r in range(rows):
+        x = 0
+        while x < each:
+            count = min(each - x, wide - p % wide)
+            to = into + ((c[0] + r) * W_out + c[2] + x) * size
+            copy(like, to, source + (p // wide * apart + p % wide) * size, count)
+            x, p = x + count, p + count
+
+
+@inner
+def pulled(
+    like: Any, across: int, left: int, right: int, total: int, rows: int, table: int, places: Any
+) -> None:
+    """`pull` for a block of so many vectors."""
+    x, k, f, d = places
+    if across == 3:
+        pull(like, 3, left, right, total, rows, table, x, k, f, d)
+    elif across == 2:
+        pull(like, 2, left, right, total, rows, table, x, k, f, d)
+    else:
+        pull(like, 1, left, right, total, rows, table, x, k, f, d)
+
+
+@inner
+def transposed(
+    like: Any, W: int, row: int, into: int, outs: int, channels: int, taps: int, lot: int
+) -> None:
+    """A piece of the weight as panels [row / step, o, step], a row for each channel and tap.
+
+    Args:
+        like: as in `machine_panels`.
+        W: address of the piece, [o, c, t].
+        row: numbers from an o to the next.
+        into: address.
+        outs: how many o.
+        channels: of the piece.
+        taps: of the window.
+        lot: rows for a tap, if they are to lie tap by tap, else 0.
+    """
+    size, (lanes, high, step) = like.itemsize, sizes(like)
+    count = channels * taps
+    for o in range(outs):
+        source, to = W + o * row * size, into + o * step * size
+        if not lot:
+            whole = count // step
+            copy_rows(like, 1, to, outs * step, source, step, whole, step // lanes)
+            rest = whole * step
+            copy(like, to + rest * outs * size, source + rest * size, count - rest)
+            continue
+        for t in range(taps):
+            for c in range(0, channels, high):
+                r, here = t * lot + c, min(high, channels - c)
+                place = to + (r // step * step * outs + r % step) * size
+                copy_steps(like, place, source + (c * taps + t) * size, here, taps)
+
+
+@compiled
+def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
+    """found[b, c, p + t] += K[b, t, p] · Z[c, t, p] and dots[b, t, p] += Σ_c Z · v; Z = Wᵀ·dY.
+
+    For so many pieces of channels. `given`: addresses of v, factors, the weight, the gradient as
+    `lay` leaves it, found, dots [threads, ..], a room for each thread and `pull`'s table; numbers
+    of dots and a room, where in it columns begin and how many they are, B, groups, channels of a
+    group of the input and of the output, pieces of a group, blocks of a chunk, rows of a tap (0:
+    rows lie channel by channel); lie.
+    """
+    g, lie, size = given, given[19:], like.itemsize
+    B, groups, ins, outs, pieces, most, lot = g[12], g[13], g[14], g[15], g[16], g[17], g[18]
+    taps, line, KW, H_W = lie[11], lie[13], lie[10], lie[0] * lie[1]
+    lanes, high, step = sizes(like)
+    wide, end = ACROSS * lanes, g[0] + B * groups * ins * H_W * size
+    packed, dots = g[6] + thread * g[9] * size, g[5] + thread * g[8] * size
+    X, found = packed + g[10] * size, packed + (g[10] + g[11]) * size
+    height = (lot if lot else -(-ins // pieces)) * taps  # rows of the table for a chunk
+    for n in range(first, last):
+        group, a = n // pieces, n % pieces
+        c0, c1 = ins * a // pieces, ins * (a + 1) // pieces
+        start = g[2] + (group * outs * ins + c0) * taps * size
+        transposed(like, start, ins * taps, packed, outs, c1 - c0, taps, lot)
+        for item in range(B * lie[14]):
+            b, s = item // lie[14], item % lie[14]
+            c = chunk(s, lie)
+            at = (b * groups * ins + group * ins + c0) * H_W * size
+            columns(like, g[0] + at, end, X, c1 - c0, c, lie)
+            clear(like, found, (lot if lot else c1 - c0) * (c[7] - c[6]) * lie[6] * lie[12])
+            runs, rows = (taps_of(c), c1 - c0) if lot else (1, (c1 - c0) * taps)
+            count = (c[1] - c[0]) * (c[3] - c[2])
+            for p in range(0, count, wide):
+                across = min(ACROSS, -(-(count - p) // lanes))
+                right = g[3] + ((item * most + p // wide) * groups + group) * outs * wide * size
+                k = (item * taps * line + p) * size
+                places = X + p * size, g[1] + k, found + p * size, dots + k
+                for run in range(runs):
+                    t = (c[4] + run // (c[7] - c[6])) * KW + c[6] + run % (c[7] - c[6])
+                    top = t * lot
+                    for r in range(top, top + rows, high):
+                        left = packed + (r // step * step * outs + r % step) * size
+                        table, here = g[7] + (s * height + r) * 16, min(high, top + rows - r)
+                        pulled(like, across, left, right, outs, here, table, places)
+            add_columns(like, found, g[4] + at, c1 - c0, c, lie)
+
+
+@inner
+def weighed(like: Any, across: int, left: int, right: int, into: int, counts: Any) -> None:
+    """`weigh` for a block of so many vectors."""
+    total, run, jump = counts
+    if across == 3:
+        weigh(like, 3, left, right, into, total, run, jump)
+    elif across == 2:
+        weigh(like, 2, left, right, into, total, run, jump)
+    else:
+        weigh(like, 1, left, right, into, total, run, jump)
+
+
+@inner
+def leave(
+    like: Any, sums: int, W: int, apart: int, columns: int, channels: int, taps: int, lot: int
+) -> None:
+    """W[o, c, t] = sums[t·lot + c, o], o < columns: the rows of W lie so far apart."""
+    size, lanes, wide = like.itemsize, sizes(like)[0], ACROSS * sizes(like)[0]
+    lines, places = np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    deep = channels * taps
+    for first in range(0, deep, lanes):
+        k = max(0, min(first, deep - lanes))
+        for i in range(min(lanes, deep)):
+            lines[i] = ((k + i) % taps * lot + (k + i) // taps) * wide
+        for start in range(0, columns, lanes):
+            o = max(0, min(start, columns - lanes))
+            for j in range(min(lanes, columns)):
+                places[j] = (o + j) * apart + k
+            if deep >= lanes and columns >= lanes:
+                turn(like, sums + o * size, lines.ctypes.data, W, places.ctypes.data)
+                continue
+            for i in range(min(lanes, deep)):
+                for j in range(min(lanes, columns)):
+                    copy(like, W + (places[j] + i) * size, sums + (lines[i] + o + j) * size, 1)
+
+
+@compiled
+def weights(first: int, last: int, thread: int, given: Any, like: Any) -> None:
+    """grad_weight[o, c, t] = Σ_bp dY[b, o, p] · K[b, t, p] · v[b, c, p + t].
+
+    For so many pieces of channels. `given`: addresses of v, factors, the gradient as `pack` leaves
+    it with whole blocks, chunk by chunk, the weight's gradient and a room for each thread; numbers
+    of a room, where in it sums and columns begin, blocks that are taken at once, B, groups,
+    channels of a group of the input and of the output, pieces of a group, rows of a tap (0: its
+    channels); lie.
+    """
+    g, lie, size = given, given[15:], like.itemsize
+    B, groups, ins, outs, pieces = g[9], g[10], g[11], g[12], g[13]
+    taps, KW, H_W, HW_out = lie[11], lie[10], lie[0] * lie[1], lie[2] * lie[3]
+    lanes, high, _ = sizes(like)
+    wide, end = ACROSS * lanes, g[0] + B * groups * ins * H_W * size
+    room = g[4] + thread * g[5] * size
+    sums, X = room + g[6] * size, room + g[7] * size
+    panels = -(-outs // wide)
+    for n in range(first, last):
+        group, a = n // pieces, n % pieces
+        c0, c1 = ins * a // pieces, ins * (a + 1) // pieces
+        lot = g[14] if g[14] else c1 - c0
+        deep = -(-lot * taps // high) * high
+        clear(like, sums, panels * deep * wide)
+        for item in range(B * lie[14]):
+            b, c = item // lie[14], chunk(item % lie[14], lie)
+            count = (c[1] - c[0]) * (c[3] - c[2])
+            at = (b * groups * ins + group * ins + c0) * H_W * size
+            columns(like, g[0] + at, end, X, c1 - c0, c, lie)
+            runs, rows = (c[5] - c[4], (c[7] - c[6]) * lot) if g[14] else (1, lot * taps)
+            for p in range(0, count, g[8] * wide):
+                here = min(count - p, g[8] * wide)
+                for q in range(0, here, wide):
+                    adapted(like, g[1], X, room + q * deep * size, p + q, (c1 - c0, lot), item, lie)
+                counts = here, wide, (deep - 1) * wide
+                for o in range(panels):
+                    right = ((b * groups + group) * panels + o) * HW_out + c[8] + p
+                    right, across = g[2] + right * wide * size, -(-(outs - o * wide) // lanes)
+                    for run in range(runs):
+                        into = sums + (o * deep + ((c[4] + run) * KW + c[6]) * lot) * wide * size
+                        left = room + run * rows * wide * size
+                        for r in range(0, rows * wide * size, high * wide * size):
+                            weighed(like, min(ACROSS, across), left + r, right, into + r, counts)
+        for o in range(panels):
+            start = ((group * outs + o * wide) * ins + c0) * taps
+            source, here = sums + o * deep * wide * size, min(wide, outs - o * wide)
+            leave(like, source, g[3] + start * size, ins * taps, here, c1 - c0, taps, lot)

@@ -34,11 +34,21 @@ def compiled(function: Callable[..., Any]) -> Any:
 
     Additions may be reordered, which vectorised sums need; NaN and infinity stay what they are.
     """
+    return _compiled(function)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """As `compiled`, for what only compiled functions call, without a way in from Python."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def _compiled(function: Callable[..., Any], **options: bool) -> Any:
     fast = {"contract", "reassoc", "nsz"}
+    given = {"nogil": True, "error_model": "numpy", "fastmath": fast, **options}
     try:
-        return numba.njit(nogil=True, fastmath=fast, cache=True)(function)
+        return numba.njit(cache=True, **given)(function)
     except RuntimeError:  # neither beside this file nor in the user's home can a cache be written
-        return numba.njit(nogil=True, fastmath=fast)(function)
+        return numba.njit(**given)(function)
 
 
 @intrinsic
@@ -75,7 +85,9 @@ def parts(count: int, numbers: int) -> int:
     return max(1, min(torch.get_num_threads(), count, numbers // _WORTH_A_THREAD))
 
 
-def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[int]) -> None:
+def shared(
+    loop: Any, like: Tensor, count: int, threads: int, given: Sequence[int], axes: int = 1
+) -> None:
     """Call `loop(first, last, thread, given, like)` so that all of `range(count)` is done.
 
     Args:
@@ -84,21 +96,26 @@ def shared(loop: Any, like: Tensor, count: int, threads: int, given: Sequence[in
         count: of what can be divided.
         threads: what `parts` gave.
         given: addresses, sizes and other numbers.
+        axes: of the array of the dtype; `registers` says what they mean.
     """
-    head = [0, threads, count, len(given), 0, 0]
+    head = [0, threads, count, len(given), 0, 0, 0]
     packed = np.array([*head, *given], dtype=np.int64)
     if threads == 1:
-        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype])
+        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype, axes])
         return
     packed[4] = packed.ctypes.data
     entry = _parallel()
     assert entry is not None  # `parts` asked
-    entry(_region(loop, like.dtype).address, packed.ctypes.data, threads, 0)
+    none = _EMPTY[like.dtype, axes]
+    packed[6] = _address(loop, like.dtype, axes)
+    entry(_region(none.dtype, axes).address, packed.ctypes.data, threads, 0)
     if packed[5] != threads:
         raise RuntimeError(f"{packed[5]} of {threads} parts of a compiled loop came to their end.")
 
 
-_HEAD = 6  # next part, parts, count, how many numbers, its own address, parts that are done
+# Next part, parts, count, how many numbers, its own address, parts that are done, the address of
+# the loop.
+_HEAD = 7
 
 
 def described(tensor: Tensor) -> tuple[int, ...]:
@@ -106,16 +123,44 @@ def described(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.shape
 
 
-_EMPTY: dict[torch.dtype, Any] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
+_EMPTY: dict[tuple[torch.dtype, int], Any] = {
+    (dtype, axes): np.empty((0,) * axes, kind)
+    for dtype, kind in ((torch.float32, np.float32), (torch.float64, np.float64))
+    for axes in (1, 2, 3)
 }
 
 
 @lru_cache(maxsize=64)
-def _region(loop: Any, dtype: torch.dtype) -> Any:
-    """A loop as the function that each thread of a parallel region calls."""
-    kind = _EMPTY[dtype].dtype
+def _address(loop: Any, dtype: torch.dtype, axes: int) -> int:
+    """Of a loop's machine code, compiled or taken from the disk."""
+    kinds = (types.int64, types.int64, types.int64, _GIVEN, numba.typeof(_EMPTY[dtype, axes]))
+    loop.compile(kinds)
+    made = loop.get_compile_result(types.void(*kinds))
+    return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)
+
+
+_GIVEN = types.Array(types.int64, 1, "C")
+
+
+@intrinsic
+def _call(
+    typingctx: Any, address: Any, first: Any, last: Any, thread: Any, given: Any, like: Any
+) -> Any:
+    """Call the loop at an address: code that has its own copy of a loop would be made anew."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
+        loop = ir.FunctionType(context.get_value_type(types.none), kinds)
+        builder.call(builder.inttoptr(args[0], loop.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, first, last, thread, given, like), code
+
+
+@lru_cache(maxsize=8)
+def _region(kind: Any, axes: int) -> Any:
+    """The function that each thread of a parallel region calls."""
+    none = (0,) * axes
 
     def region(data: Any) -> None:
         head = numba.carray(data, (_HEAD,), np.int64)
@@ -125,11 +170,11 @@ def _region(loop: Any, dtype: torch.dtype) -> Any:
         part = _ticket(head[4])
         while part < threads:
             first, last = count * part // threads, count * (part + 1) // threads
-            loop(first, last, part, given, np.empty(0, kind))
+            _call(head[6], first, last, part, given, np.empty(none, kind))
             _ticket(head[4] + 5 * 8)
             part = _ticket(head[4])
 
-    return numba.cfunc("void(voidptr)")(region)
+    return numba.cfunc("void(voidptr)", error_model="numpy")(region)
 
 
 @lru_cache(maxsize=1)
