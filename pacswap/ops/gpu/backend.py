@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pacswap.ops import handwritten
 from pacswap.ops.gpu import distances as made
@@ -28,7 +28,7 @@ def tap_distance(
 ) -> Tensor:
     """As `reference.tap_distance`, computed in float32; keeps the guidance and the centre only."""
     image, window = with_zeros(guidance, window)
-    if _is_watched():
+    if _is_watched(image, centre):
         geometry = list(_geometry(image, window))
         return library.tap_distance(image, centre, geometry, measure, channel_wise)
     return handwritten.tap_distance(_ENGINE, image, centre, window, measure, channel_wise)
@@ -39,7 +39,7 @@ def pac_conv2d(
 ) -> Tensor:
     """As `reference.pac_conv2d`; the output has the memory format that `F.conv2d` would give it."""
     image, window = with_zeros(input, window)
-    if _is_watched():
+    if _is_watched(image, kernel, weight):
         geometry, last = list(_geometry(image, window)), is_last(image, weight)
         output = library.pac_conv2d(image, kernel, weight, geometry, groups, last)
         return output if bias is None else output + bias[:, None, None]
@@ -69,7 +69,9 @@ def gradients(
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """For input, kernel and weight."""
-    return launch.gradients(inputs, grad, _geometry(inputs[0], window), groups, needed)
+    # A compiler of backward passes comes here after a forward pass that nobody watched.
+    by = library if _is_watched(grad, *inputs) else launch
+    return launch.gradients(inputs, grad, _geometry(inputs[0], window), groups, needed, by)
 
 
 def distances(
@@ -89,13 +91,17 @@ def distance_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """For the guidance and the centre."""
     given = grad, guidance, centre, _geometry(guidance, window), measure, channel_wise
-    of_guidance, of_centre = made.gradients(*given)
+    is_watched = _is_watched(grad, guidance, centre)
+    compute = library.tap_distance_gradients if is_watched else made.gradients
+    of_guidance, of_centre = compute(*given)
     return of_guidance, None if centre is None else of_centre
 
 
-def _is_watched() -> bool:
-    """Whether a compiler or a mode, such as that of fake tensors, wants to see operators."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a mode or a tensor, such as a fake one, wants to see operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(type(t) not in (Tensor, nn.Parameter) for t in tensors if t is not None)
 
 
 def _geometry(image: Tensor, window: Window) -> Geometry:

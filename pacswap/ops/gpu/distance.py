@@ -19,7 +19,7 @@ def phi(d, MEASURE: tl.constexpr):
     if MEASURE == "absolute":
         value = tl.abs(d)
     elif MEASURE == "asymmetric":
-        value = tl.maximum(d, 0.0) * tl.maximum(d, 0.0)
+        value = tl.where(d < 0, 0.0, d * d)  # not `maximum`, which takes 0 for NaN
     else:
         value = d * d
     return value
@@ -31,7 +31,7 @@ def derivative(d, MEASURE: tl.constexpr):
     if MEASURE == "absolute":
         value = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     elif MEASURE == "asymmetric":
-        value = 2.0 * tl.maximum(d, 0.0)
+        value = tl.where(d < 0, 0.0, 2.0 * d)
     else:
         value = 2.0 * d
     return value

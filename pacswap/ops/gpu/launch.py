@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -70,14 +70,19 @@ def pull(
     want_input: bool,
     want_kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the input and of the adapting kernel, empty where not wanted."""
+    """The gradients of the input, channels last in memory, and of the adapting kernel.
+
+    Empty where not wanted.
+    """
     B, C, H, W = input.shape
-    CO, each = weight.shape[0], 1 if _is_depthwise(input, groups) else groups
+    alone = _is_depthwise(input, groups)
+    CO, each = weight.shape[0], 1 if alone else groups
     grad_input = empty(input, (B, C, H, W) if want_input else (0, 0, 0, 0), True)
     rows, strides = phases(input, geometry)
     # Few large blocks would leave processors idle.
     many = blocks(rows, 128) * strides * blocks(C, 128) >= 1.5 * _processors(input)
-    block = channel_block(C // each, 128 if many else 64)
+    # Without a matrix product more channels take more registers than there are.
+    block = channel_block(C // each, 32 if alone else 128 if many else 64)
     columns = each * blocks(C // each, block)
     # Taps that see the border are nobody's: their gradient stays 0. Shares are summed in float32.
     is_shared = want_kernel and kernel.shape[1] == 1 and columns > 1
@@ -93,8 +98,7 @@ def pull(
         run(programs.pull, lambda m: (blocks(rows, m["BP"]) * strides * columns,), grad, given)
     else:
         grad_input.zero_()
-    grad_kernel = shares.sum(0).to(kernel.dtype) if is_shared else shares
-    return grad_input if is_last(input) else grad_input.contiguous(), grad_kernel
+    return grad_input, shares.sum(0).to(kernel.dtype) if is_shared else shares
 
 
 @without_bfloat16
@@ -130,18 +134,33 @@ def weight_gradient(
 
 
 def gradients(
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Sequence[Tensor],
     grad: Tensor,
     geometry: Geometry,
     groups: int,
-    needed: tuple[bool, ...],
+    needed: Sequence[bool],
+    by: Any,
 ) -> list[Tensor | None]:
-    """For input, kernel and weight, None where not needed."""
+    """For input, kernel and weight, None where not needed.
+
+    Args:
+        inputs: of the convolution.
+        grad: of its output.
+        geometry: of the convolution, as the groups.
+        groups: of channels.
+        needed: which gradients are.
+        by: whose `pull` and `weight_gradient` compute: this module, or `library` with operators.
+    """
+    input, *factors = inputs
+    # Turned once for both.
+    given = channels_last(grad), channels_last(input), *factors, geometry, groups
     found: list[Tensor | None] = [None, None, None]
     if needed[0] or needed[1]:
-        found[:2] = pull(grad, *inputs, geometry, groups, needed[0], needed[1])
+        found[0], found[1] = by.pull(*given, needed[0], needed[1])
     if needed[2]:
-        found[2] = weight_gradient(grad, *inputs, geometry, groups)
+        found[2] = by.weight_gradient(*given)
+    if needed[0] and found[0] is not None and not is_last(input):
+        found[0] = found[0].contiguous()
     return [made if need else None for made, need in zip(found, needed, strict=True)]
 
 

@@ -6,7 +6,7 @@ through `taps`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _(grad, input, kernel, weight, geometry, groups, want_input, want_kernel):  
     size = tuple(input.shape) if want_input else (0, 0, 0, 0)
     grad_kernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
     made = grad_kernel if want_kernel else kernel.new_empty(0)
-    return empty(input, size, is_last(input)), made
+    return empty(input, size, True), made
 
 
 @weight_gradient.register_fake
@@ -124,35 +124,16 @@ def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = _conv_gradients(
-        ctx.saved_tensors, grad, Geometry(*ctx.geometry), ctx.groups, ctx.needs_input_grad[:3]
-    )
-    return *found, None, None, None
-
-
-def _conv_gradients(
-    inputs: Sequence[Tensor],
-    grad: Tensor,
-    geometry: Geometry,
-    groups: int,
-    needed: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """The gradients of input, kernel and weight; differentiable where a graph is being made."""
+    inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    geometry, groups = Geometry(*ctx.geometry), ctx.groups
     if torch.is_grad_enabled():
         window = geometry.window(*inputs[0].shape[2:])
-        return differentiable_vjp(
+        found = differentiable_vjp(
             lambda x, k, w: taps.pac_conv2d(x, k, w, None, window, groups), inputs, needed, grad
         )
-    given = list(geometry), groups
-    grad_input = grad_kernel = grad_weight = None
-    if needed[0] or needed[1]:
-        made = pull(grad, *inputs, *given, needed[0], needed[1])
-        grad_input, grad_kernel = (
-            g if need else None for g, need in zip(made, needed[:2], strict=True)
-        )
-    if needed[2]:
-        grad_weight = weight_gradient(grad, *inputs, *given)
-    return grad_input, grad_kernel, grad_weight
+    else:
+        found = launch.gradients(inputs, grad, geometry, groups, needed, sys.modules[__name__])
+    return *found, None, None, None
 
 
 def _keep_distance(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

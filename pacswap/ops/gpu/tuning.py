@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -42,7 +44,10 @@ PIXELWISE = (({"BP": 64}, 4, 1, None), ({"BP": 128}, 4, 1, None), ({"BP": 256}, 
 # Small, so that tests see partial blocks, and large, for each costs the interpreter milliseconds.
 _INTERPRETED = {"BP": 128, "BO": 16, "BC": 16}
 
-_KEY = ("size", "C", "CO", "KH", "KW", "SH", "SW", "G", "BC", "EACH", "PRECISION")
+_KEY = (
+    "size", "C", "CO", "KH", "KW", "SH", "SW", "G", "BC", "EACH", "PRECISION", "WANT_INPUT",
+    "WANT_KERNEL",
+)  # fmt: skip
 
 
 # Divided by 16 or not: nothing is faster for it, and each would be compiled anew.
@@ -67,19 +72,7 @@ def tuned(
     if INTERPRETS:
         sides = {name: _INTERPRETED[name] for name in configs[0].kwargs}
         configs = [triton.Config(sides)]
-    options: dict[str, Any] = {"prune_configs_by": {"early_config_prune": _fitting}}
-    if "cache_results" in inspect.signature(triton.autotune).parameters:
-        options["cache_results"] = True
-
-    def decorate(function: Any) -> Program:
-        names = list(inspect.signature(function).parameters)
-        known = [name for name in _KEY if name in names]
-        compiled = triton.jit(function, do_not_specialize=_COUNTS)
-        return Program(
-            names, known, triton.autotune(configs=configs, key=known, **options)(compiled)
-        )
-
-    return decorate
+    return lambda function: Program(triton.jit(function, do_not_specialize=_COUNTS), configs)
 
 
 class Program:
@@ -90,11 +83,13 @@ class Program:
         function: the compiled function.
     """
 
-    def __init__(self, names: list[str], keys: list[str], tuner: Any) -> None:
-        self._names, self._keys, self._tuner = names, keys, tuner
-        self.configs: list[Any] = tuner.configs
-        self.function = tuner.fn
+    def __init__(self, function: Any, configs: list[Any]) -> None:
+        self.function, self.configs = function, configs
+        self._names = list(inspect.signature(function.fn).parameters)
+        self._keys = [name for name in _KEY if name in self._names]
         self._fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
+        # Triton keeps the arguments of the call that it measures in the tuner.
+        self._measuring = threading.Lock()
 
     def __call__(self, grid: Grid, given: Mapping[str, Any], on: torch.Tensor) -> None:
         """Run it with those of the arguments that it has, on the device of a tensor.
@@ -107,10 +102,19 @@ class Program:
             return
         key = (on.dtype, on.device, *(arguments[name] for name in self._keys))
         if key not in self._fastest:
-            self._tuner[grid](**arguments)
-            self._fastest[key] = self._tuner.best_config.all_kwargs()
+            with self._measuring:
+                self._tuner[grid](**arguments)
+                self._fastest[key] = self._tuner.best_config.all_kwargs()
         else:
             self.function[grid](**arguments, **self._fastest[key])
+
+    @cached_property
+    def _tuner(self) -> Any:
+        # Made when it is needed: Triton before 3.4 makes none where there is no GPU.
+        options: dict[str, Any] = {"prune_configs_by": {"early_config_prune": _fitting}}
+        if "cache_results" in inspect.signature(triton.autotune).parameters:
+            options["cache_results"] = True
+        return triton.autotune(configs=self.configs, key=self._keys, **options)(self.function)
 
 
 def _fitting(configs: list[Any], named: Mapping[str, Any], **kwargs: Any) -> list[Any]:
