@@ -24,7 +24,7 @@ from numerics import (
     pac,
     wide,
 )
-from test_ops_loops import forget
+from test_ops_loops import forget_divisions
 from test_ops_tiles import drawn_geometry
 from torch import Tensor
 
@@ -58,13 +58,13 @@ SINGLE = ("one_column", "eight_of_a_group", "in_steps_of_two")
 @pytest.fixture(params=["one thread", "three threads"])
 def shares(request, monkeypatch):
     """Among how many threads the work is divided, more than some cases have rows."""
-    forget()
+    forget_divisions()
     if request.param == "three threads":
         monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
         torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)
-    forget()
+    forget_divisions()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,9 +91,9 @@ def test_a_row_that_is_left_is_seen(monkeypatch):
     truth = pac(CASES["a_vector_and_one"], given, "reference", derivatives=False)
     right = planes.Layout.offsets.func
     monkeypatch.setattr(planes.Layout, "offsets", property(lambda lie: right(lie)[::-1]))
-    forget()
+    forget_divisions()
     found = pac(CASES["a_vector_and_one"], given, "loops", derivatives=False)
-    forget()
+    forget_divisions()
     with pytest.raises(AssertionError, match=DIFFERS):
         assert_close64(found["output"], truth["output"])
 
