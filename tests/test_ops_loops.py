@@ -158,6 +158,7 @@ def division(request, monkeypatch):
     if "small" in request.param:
         for name, value in (("_CACHE", 900), ("_LEAST", 1), ("_DEEP", 20)):
             monkeypatch.setattr(blocks, name, value)
+        monkeypatch.setattr(dense, "_LEAST_DOTS", 1)
         monkeypatch.setattr("pacswap.ops.loops.planes._CACHE", 300)
     forget_divisions()
     if "threads" in request.param:

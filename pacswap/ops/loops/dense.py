@@ -25,6 +25,8 @@ from pacswap.ops.window import Window
 _PRODUCTS = 16
 # Blocks of outputs that the weight's gradient takes at once: K·v of them stays in the second cache.
 _ONCE = 3
+# Numbers that the threads' gradients of K may have in any case: 1 MB of float32.
+_LEAST_DOTS = 1 << 18
 
 
 def convolve(
@@ -125,19 +127,26 @@ def _pull(
     laid = image.new_empty(images * work.blocks * channels * vectors.wide)
     given = [grad.data_ptr(), laid.data_ptr(), channels, work.blocks]
     _run(machine_panels.lay, work, image, images, parts(images, laid.numel()), given)
-    dots = image.new_zeros(work.threads * factors.numel())
+    each = shape.window.taps * work.line  # numbers of K for a chunk
+    # Each thread has its own gradient of K, of some chunks: no more than the image has numbers.
+    once = max(1, min(images, max(image.numel(), _LEAST_DOTS) // (work.threads * each)))
+    dots = image.new_empty(work.threads * once * each)
     numbers = (_whole(work.rows, vectors.step) * shape.outs, work.columns, work.columns)
-    room, (each, _, begin, _) = _room(image, (0, *numbers), work)
-    given = [
-        *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
-        *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
-        *(factors.numel(), each, begin, work.columns, shape.batch, shape.groups),
-        *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot),
-    ]
-    _run(machine_dense.backward, work, image, shape.groups * work.pieces, work.threads, given)
-    if grad_kernel is not None:
-        given = [dots.data_ptr(), grad_kernel.data_ptr(), work.threads, factors.numel()]
-        _run(machine_panels.collect, work, image, images, parts(images, dots.numel()), given)
+    room, (own, _, begin, _) = _room(image, (0, *numbers), work)
+    for first in range(0, images, once):
+        last = min(images, first + once)
+        dots.zero_()
+        given = [
+            *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
+            *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
+            *(once * each, own, begin, work.columns, shape.batch, shape.groups),
+            *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot, first, last),
+        ]
+        _run(machine_dense.backward, work, image, shape.groups * work.pieces, work.threads, given)
+        if grad_kernel is not None:
+            given = [dots.data_ptr(), grad_kernel.data_ptr(), work.threads, once * each, first]
+            count = last - first
+            _run(machine_panels.collect, work, image, count, parts(count, dots.numel()), given)
 
 
 def _weigh(image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, work: Blocks) -> None:

@@ -221,9 +221,10 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     `lay` leaves it, found, dots [threads, ..], a room for each thread and `pull`'s table; numbers
     of dots and a room, where in it columns begin and how many they are, B, groups, channels of a
     group of the input and of the output, pieces of a group, blocks of a chunk, rows of a tap (0:
-    rows lie channel by channel); lie.
+    rows lie channel by channel), which of [b, chunk] to do and dots to have, first and last + 1;
+    lie.
     """
-    g, lie, size = given, given[19:], like.itemsize
+    g, lie, size = given, given[21:], like.itemsize
     B, groups, ins, outs, pieces, most, lot = g[12], g[13], g[14], g[15], g[16], g[17], g[18]
     taps, line, KW, H_W = lie[11], lie[13], lie[10], lie[0] * lie[1]
     lanes, high, step = sizes(like)
@@ -236,7 +237,7 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
         c0, c1 = ins * a // pieces, ins * (a + 1) // pieces
         start = g[2] + (group * outs * ins + c0) * taps * size
         transposed(like, start, ins * taps, packed, outs, c1 - c0, taps, lot)
-        for item in range(B * lie[14]):
+        for item in range(g[19], g[20]):
             b, s = item // lie[14], item % lie[14]
             c = chunk(s, lie)
             at = (b * groups * ins + group * ins + c0) * H_W * size
@@ -247,8 +248,8 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
             for p in range(0, count, wide):
                 across = min(ACROSS, -(-(count - p) // lanes))
                 right = g[3] + ((item * most + p // wide) * groups + group) * outs * wide * size
-                k = (item * taps * line + p) * size
-                places = X + p * size, g[1] + k, found + p * size, dots + k
+                k, d = (item * taps * line + p) * size, ((item - g[19]) * taps * line + p) * size
+                places = X + p * size, g[1] + k, found + p * size, dots + d
                 for run in range(runs):
                     t = (c[4] + run // (c[7] - c[6])) * KW + c[6] + run % (c[7] - c[6])
                     top = t * lot

@@ -107,13 +107,14 @@ def mask(first: int, last: int, thread: int, given: Any, like: Any) -> None:
 def collect(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """The gradient of K: the sum of what the threads found, 0 where a tap sees nothing.
 
-    For so many of [b, chunk]. `given`: addresses of what was found, [threads, B, chunks, taps,
-    line], and of the gradient, [B, taps, H_out, W_out], zeros; threads, numbers of one, lie.
+    For so many of [b, chunk]. `given`: addresses of what was found, [threads, .., taps, line], and
+    of the gradient, [B, taps, H_out, W_out], zeros; threads, numbers of one, the first of
+    [b, chunk] that was found; lie.
     """
-    g, lie, size = given, given[4:], like.itemsize
+    g, lie, size = given, given[5:], like.itemsize
     H_out, W_out, KW, taps, line = lie[2], lie[3], lie[10], lie[11], lie[13]
     for item in range(first, last):
-        b, c = item // lie[14], chunk(item % lie[14], lie)
+        b, c = (g[4] + item) // lie[14], chunk((g[4] + item) % lie[14], lie)
         wide = c[3] - c[2]
         for t in range(taps_of(c)):
             i, j = tap_of(t, c)
