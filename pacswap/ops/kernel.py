@@ -181,9 +181,7 @@ def _kernel_of(
     if not counted.divides:
         # Below that, exp gives subnormal numbers, with which a CPU takes a hundred times as long.
         least = math.log(torch.finfo(d.dtype).tiny)
-        if exponent.requires_grad:
-            return torch.exp(exponent.clamp(min=least))
-        return exponent.clamp_(min=least).exp_()  # in place: fresh memory takes longer than both
+        return exponent.clamp(min=least).exp_()  # in place: fresh memory takes as long
     if counted.as_one is not None:
         exponent = torch.where(counted.as_one, 0.0, exponent)
     if counted.seen is not None:
