@@ -25,7 +25,7 @@ from numerics import (
     wide,
 )
 from test_ops_loops import forget_divisions
-from test_ops_tiles import drawn_geometry
+from test_ops_tiles import drawn_shape
 from torch import Tensor
 
 from pacswap import ops
@@ -184,7 +184,8 @@ def seen_in(plane: Tensor, lie: Any, tap: int) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_in_a_plane_each_tap_is_an_offset(seed):
-    window, size = drawn_geometry(seed)
+    drawn = drawn_shape(seed)
+    window, size = drawn.window, drawn.image
     image, plane, lie = plane_of(window, size)
     padded = window.padded(image[None, None])
     for tap, truth in enumerate(window.seen(padded, lie.size)):
