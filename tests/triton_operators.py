@@ -4,19 +4,23 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from numerics import DIFFERS, Case, assert_as_good_as, wide
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.testing._internal.optests.generate_tests import OpCheckError
 
 from pacswap import ops
 from pacswap.errors import BackendError
+from pacswap.ops import handwritten
 from pacswap.ops.backends import Task
-from pacswap.ops.gpu import library, refusal, tuning
+from pacswap.ops.gpu import backend, dense, library, refusal, tuning
 from pacswap.ops.gpu.geometry import Geometry
 
 torch.set_num_threads(1)
@@ -151,18 +155,25 @@ def assert_derivatives(made: dict[str, Tensor]) -> None:
         assert_as_good_as(value, truth[name], baseline[name], 3.0, name=name)
 
 
-def test_second_derivatives():
+both_ways = pytest.mark.parametrize("watched", [False, True], ids=["eager", "operators"])
+
+
+@both_ways
+def test_second_derivatives(watched, monkeypatch):
+    monkeypatch.setattr(backend, "_is_watched", lambda *tensors: watched)
     assert_derivatives(derivatives(CASE.tensors(torch.float32), "triton"))
 
 
-def test_a_wrong_second_derivative_is_seen(monkeypatch):
+@both_ways
+def test_a_wrong_second_derivative_is_seen(watched, monkeypatch):
     right = library.differentiable_vjp
 
     def wrong(*args: Any) -> Any:
         # The value stays, its derivative is 1.001 times as large.
         return [None if g is None else g + 0.001 * (g - g.detach()) for g in right(*args)]
 
-    monkeypatch.setattr(library, "differentiable_vjp", wrong)
+    monkeypatch.setattr(library if watched else handwritten, "differentiable_vjp", wrong)
+    monkeypatch.setattr(backend, "_is_watched", lambda *tensors: watched)
     with pytest.raises(AssertionError, match=f"^second_input: {DIFFERS}"):
         assert_derivatives(derivatives(CASE.tensors(torch.float32), "triton"))
 
@@ -185,6 +196,8 @@ def test_refusals(name):
 
 HERE = {
     "not installed": ({"INSTALLED": False}, "triton is not installed (pip install triton; Linux only)"),
+    "old torch": ({"HAS_OLD_TRITON": True}, f"it needs torch 2.6 or above, and this is {torch.__version__}"),
+    "traced": ({"_is_traced": lambda: True}, "its programs are opaque to torch.jit.trace and torch.func.vmap"),
     "AMD": ({"torch.version.hip": "7.0"}, "it is written for NVIDIA GPUs, and nobody has tried it on this build's AMD ones"),
     "exporting": ({"_exports": lambda: True}, "an exported graph must run where Triton is not installed"),
     "no GPU": ({"INTERPRETS": False}, "Triton needs a CUDA GPU, and torch sees none"),
@@ -212,6 +225,86 @@ def test_a_window_with_more_taps_than_bits_is_refused_unless_depthwise():
     assert refusal.why_not_triton(input, weight[:, :1], window, 4) is None
     assert refusal.why_not_triton(input, None, window, 1) is None
     assert refusal.why_not_triton(input, weight[..., 1:], ops.make_window((1, 63)), 1) is None
+
+
+def test_a_sequence_with_more_taps_than_bits_is_refused():
+    input, kernel, weight = torch.ones(1, 2, 70), torch.ones(1, 1, 64, 7), torch.ones(3, 2, 64)
+    with pytest.raises(BackendError, match="know windows of up to 63 taps a side"):
+        ops.pac_conv1d(input, kernel, weight, backend="triton")
+    made = ops.pac_conv1d(input[..., 1:], kernel[:, :, 1:], weight[..., 1:], backend="triton")
+    assert made.eq(2 * 63).all()
+
+
+def test_more_factors_than_32_bits_count_are_refused_unless_depthwise():
+    input, weight = torch.zeros(1).expand(1, 4, 2**15, 2**15), torch.zeros(4, 4, 1, 3)
+    window = ops.make_window((1, 3), padding=(0, 1))
+    reason = "its matrix products count factors and weights in 32 bits, and there are more"
+    assert refusal.why_not_triton(input, weight, window, 1) == reason
+    assert refusal.why_not_triton(input, weight[:, :1], window, 4) is None
+    assert refusal.why_not_triton(input[:, :, 2**14 :], weight, window, 1) is None
+    assert (
+        refusal.why_not_triton(input[..., :9], torch.zeros(1).expand(4, 2**29, 1, 3), window, 1)
+        == reason
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_vmap_and_traces_hide_is_refused_and_gradients_are_not():
+    given = CASE.tensors(torch.float32)
+    tensors = [given["input"], drawn()["kernel"], given["weight"]]
+
+    def convolved(*tensors: Tensor) -> Tensor:
+        window = ops.make_window(CASE.kernel_size, **CASE.geometry)
+        return ops.conv.convolve(*tensors, None, window, 1, "triton")
+
+    reason = "its programs are opaque to torch.jit.trace and torch.func.vmap"
+    with pytest.raises(BackendError, match=reason):
+        torch.func.vmap(convolved)(*(t[None] for t in tensors))
+    with pytest.raises(BackendError, match=reason):
+        torch.jit.trace(convolved, tensors)
+    made = torch.func.grad(lambda w: convolved(*tensors[:2], w).sum())(tensors[2])
+    weight = tensors[2].requires_grad_()
+    (expected,) = torch.autograd.grad(convolved(*tensors[:2], weight).sum(), weight)
+    torch.testing.assert_close(made, expected)
+
+
+def test_fake_tensors_are_seen_outside_of_their_mode():
+    mode, given = FakeTensorMode(), drawn()
+    names = ("input", "kernel", "weight", "cotangent")
+    *inputs, grad = (mode.from_tensor(given[name]) for name in names)
+    assert backend.pac_conv2d(*inputs, None, CASE.window, 1).shape == given["cotangent"].shape
+    grads = backend.gradients(tuple(inputs), grad, CASE.window, 1, (True, True, True))
+    assert [g.shape for g in grads] == [t.shape for t in inputs]
+    guidance = mode.from_tensor(given["guidance"])
+    made = backend.tap_distance(guidance, None, CASE.window, "square", False)
+    assert made.shape == given["kernel"].shape
+    found = backend.distance_gradients(guidance, None, made, CASE.window, "square", False)
+    assert found[0].shape == guidance.shape
+
+
+def test_one_call_is_measured_at_a_time():
+    """Triton keeps the arguments of the call in the tuner."""
+
+    class Tuner:
+        best_config, inside, most = tuning.triton.Config({}), 0, 0
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self
+
+        def __call__(self, **arguments: Any) -> None:
+            Tuner.inside += 1
+            Tuner.most = max(Tuner.most, Tuner.inside)
+            time.sleep(0.05)
+            Tuner.inside -= 1
+
+    program = tuning.Program(dense.forward.function, [tuning.triton.Config({})] * 2)
+    vars(program)["_tuner"] = Tuner()
+    with ThreadPoolExecutor(4) as pool:
+        for size in range(4):
+            given = dict.fromkeys(program._keys, size)
+            pool.submit(program, lambda m: (1,), given, torch.zeros(1))
+    assert (Tuner.most, len(program._fastest)) == (1, 4)
 
 
 def test_a_tensor_on_the_cpu_is_refused_beside_a_gpu(monkeypatch):

@@ -152,16 +152,20 @@ def test_guidance_to_output(dtype):
     assert_rule(chain(case, given, "triton"), truth, baseline)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_pixels_in_parts(groups, monkeypatch):
+@pytest.mark.parametrize(
+    ("groups", "image", "parts"),
+    [(1, (2, 11, 14), 3), (3, (2, 11, 14), 3), (1, (5, 10, 11), 4), (1, (65, 1, 3), 2)],
+    ids=["dense", "depthwise", "a part is empty", "images smaller than a block"],
+)
+def test_pixels_in_parts(groups, image, parts, monkeypatch):
     """The weight's gradient is summed from parts of the pixels where tiles are few."""
     monkeypatch.setattr(launch, "_PROGRAMS_EACH", 99)
     seen = []
     right = launch._parts
     monkeypatch.setattr(launch, "_parts", lambda *a: seen.append(right(*a)) or seen[-1])
-    case = Case((1, 2), channels=(3, 6), groups=groups, image=(2, 11, 14))
+    case = Case((1, 2), channels=(3, 6), groups=groups, image=image)
     assert_convolved(case, 1, torch.float32)
-    assert seen == [3]
+    assert seen == [parts]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +267,20 @@ def test_infinite_features_are_at_no_distance_from_themselves():
     made = triton_backend.tap_distance(guidance, None, window, "square", False)
     assert made[:, :, window.centre].eq(0).all()
     assert made.isnan().any()  # at the other taps: ∞ − ∞
+
+
+@pytest.mark.parametrize("measure", ["square", "absolute", "asymmetric"])
+def test_what_is_not_a_number_stays_so(measure):
+    window, guidance = make_window((1, 3), padding=(0, 1)), torch.zeros(1, 1, 1, 4)
+    guidance[..., 1] = float("nan")
+    guidance.requires_grad_()
+    made = triton_backend.tap_distance(guidance, None, window, measure, False)
+    expected = reference.tap_distance(guidance, None, window, measure, False)
+    expected[:, :, 1] = 0  # the centre's
+    assert_equal(made.isnan(), expected.isnan())
+    assert made.isnan().sum() == 4
+    (grad,) = torch.autograd.grad(made.sum(), guidance)
+    assert grad.isnan().flatten().tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("name", ["blocks_of_pixels", "depthwise_blocks"])

@@ -40,7 +40,7 @@ POINTWISE = (
     ({"BP": 256, "BC": 4}, 4, 1, None),
     ({"BP": 16, "BC": 64}, 4, 1, None),
 )
-PIXELWISE = (({"BP": 64}, 4, 1, None), ({"BP": 128}, 4, 1, None), ({"BP": 256}, 8, 1, None))
+PIXELWISE = (({"BP": 32}, 4, 1, None), ({"BP": 64}, 4, 1, None), ({"BP": 128}, 8, 1, None))
 # Small, so that tests see partial blocks, and large, for each costs the interpreter milliseconds.
 _INTERPRETED = {"BP": 128, "BO": 16, "BC": 16}
 
