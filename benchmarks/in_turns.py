@@ -43,6 +43,9 @@ def in_turns(
 ) -> dict[str, Spread]:
     """Each contender's time as a ratio to the first's of the same round.
 
+    A GPU gets as many calls in a row as fill ten milliseconds, as a network gives it: launches are
+    then hidden where a kernel takes longer.
+
     Args:
         contenders: what to run, by name; the first is the yardstick.
         seconds: for all together, unless `least` rounds take longer.
@@ -52,25 +55,32 @@ def in_turns(
     for run in contenders.values():  # compilers, caches and allocators
         run()
         run()
+    times = {name: calls(run, device) for name, run in contenders.items()}
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
     while len(next(iter(ratios.values()))) < least or time.perf_counter() - began < seconds:
-        took = {name: seconds_of(run, device) for name, run in contenders.items()}
+        took = {name: seconds_of(run, device, times[name]) for name, run in contenders.items()}
         yardstick = next(iter(took.values()))
         for name, value in took.items():
             ratios[name].append(value / yardstick)
     return {name: spread(values) for name, values in ratios.items()}
 
 
-def seconds_of(run: Run, device: str = "cpu") -> float:
-    """Wall-clock time of one call."""
+def calls(run: Run, device: str) -> int:
+    """How many to make in a row."""
+    return 1 if device == "cpu" else max(1, int(0.01 / seconds_of(run, device)))
+
+
+def seconds_of(run: Run, device: str = "cpu", times: int = 1) -> float:
+    """Wall-clock time of one call, of so many in a row."""
     if device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    run()
+    for _ in range(times):
+        run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / times
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int:

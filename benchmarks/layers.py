@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py [--seconds 3] [--layers GLOB …] [--csv FILE] [--plot FILE]
     python benchmarks/layers.py --peer PATH  # also NVlabs/pacnet, a checkout of its branch th14
-    python benchmarks/layers.py --device cuda --dtype bfloat16
+    python benchmarks/layers.py --device cuda --dtype bfloat16 --batch 16 [--channels-last]
 
 Prints, for each layer, ratios to `F.conv2d`: the median over rounds, with the quarters around it.
 `ours` is `pacswap.ops.pac_conv2d`, `im2col` the textbook's way (unfold, times K, a matrix product),
@@ -110,6 +110,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guard", type=float, metavar="RATIO", default=float("inf"),
                         help="exit 1 if ours takes more")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels-last", action="store_true", help="of images and weights")
     parser.add_argument("--csv", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="draw them there")
     options = parser.parse_args(words)
@@ -180,6 +181,8 @@ def drawn(layer: Layer, options: argparse.Namespace) -> tuple[list[Tensor], Tens
     w = torch.randn(layer.C_out, layer.C_in // layer.groups, k, k, **made) / (k * layer.C_in**0.5)
     f = torch.randn(B, GUIDANCE_CHANNELS, H, H, **made)
     K = ops.adapting_kernel(f, k, **layer.geometry, distance="mean")
+    if options.channels_last:
+        x, w, f = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, f))
     return [x, K.detach(), w], f
 
 
