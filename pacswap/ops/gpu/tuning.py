@@ -86,7 +86,8 @@ class Program:
     def __init__(self, function: Any, configs: list[Any]) -> None:
         self.function, self.configs = function, configs
         self._names = list(inspect.signature(function.fn).parameters)
-        self._keys = [name for name in _KEY if name in self._names]
+        chosen = configs[0].kwargs  # not given by a call
+        self._keys = [name for name in _KEY if name in self._names and name not in chosen]
         self._fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
         # Triton keeps the arguments of the call that it measures in the tuner.
         self._measuring = threading.Lock()
@@ -129,16 +130,17 @@ def _fitting(configs: list[Any], named: Mapping[str, Any], **kwargs: Any) -> lis
         if i == 0
         or (
             all(config.kwargs.get(n, 1) < 2 * max(c, 16) for n, c in channels.items())
-            and _shared_bytes(config, given, tensors[0].element_size()) <= _most_shared(tensors[0])
+            and fits(config, given, tensors[0])
         )
     ]
 
 
-def _shared_bytes(config: Any, given: Mapping[str, Any], size: int) -> int:
-    """Of the two factors of a matrix product, in as many copies as there are stages."""
+def fits(config: Any, given: Mapping[str, Any], on: torch.Tensor) -> bool:
+    """Whether the two factors of a matrix product do, in as many copies as there are stages."""
     sides = {name: given[name] for name in ("BC",) if name in given} | config.kwargs
     summed = next(reversed(config.kwargs.values()))
-    return int(size * config.num_stages * summed * (sum(sides.values()) - summed))
+    numbers = config.num_stages * summed * (sum(sides.values()) - summed)
+    return bool(on.element_size() * numbers <= _most_shared(on))
 
 
 def _most_shared(tensor: torch.Tensor) -> int:
