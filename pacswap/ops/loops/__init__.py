@@ -51,7 +51,7 @@ def distance_gradients(
 
 
 def convolve(input: Tensor, kernel: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
-    """Groups of few channels plane by plane, else by matrix products."""
+    """Groups of few channels plane by plane, else block by block in registers."""
     K, W = (_raw(tensor).contiguous() for tensor in (kernel, weight))
     image, plane = _with_border(_raw(input), window)
     size = window.output_size(input.shape[-2], input.shape[-1])

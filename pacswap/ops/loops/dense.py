@@ -160,7 +160,7 @@ def _weigh(image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, wo
     panels = -(-shape.outs // wide)
     turned = image.new_empty(matrices * panels * outputs * wide)
     given = [grad.data_ptr(), turned.data_ptr(), work.places.ctypes.data, work.places.size]
-    given += [shape.outs, outputs, wide]
+    given += [shape.outs, outputs, wide, 1]
     count = matrices * panels
     _run(machine_panels.pack, work, image, count, parts(count, turned.numel()), given)
     deep, once = _whole(work.rows, vectors.high), min(_ONCE, work.blocks)
@@ -191,7 +191,7 @@ def _packed(weight: Tensor, work: Blocks) -> Tensor:
     packed = weight.new_empty(count * deep * step)
     order = work.whole_order
     given = [weight.data_ptr(), packed.data_ptr(), order.ctypes.data, order.size]
-    given += [shape.outs, deep, step]
+    given += [shape.outs, deep, step, 0]
     _run(machine_panels.pack, work, weight, count, parts(count, packed.numel()), given)
     return packed
 

@@ -332,13 +332,14 @@ def weights(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                     adapted(like, g[1], X, room + q * deep * size, p + q, (c1 - c0, lot), item, lie)
                 counts = here, wide, (deep - 1) * wide
                 for o in range(panels):
-                    right = ((b * groups + group) * panels + o) * HW_out + c[8] + p
-                    right, across = g[2] + right * wide * size, -(-(outs - o * wide) // lanes)
+                    across = min(ACROSS, -(-(outs - o * wide) // lanes))
+                    right = ((b * groups + group) * panels + o) * HW_out * wide
+                    right = g[2] + (right + (c[8] + p) * across * lanes) * size
                     for run in range(runs):
                         into = sums + (o * deep + ((c[4] + run) * KW + c[6]) * lot) * wide * size
                         left = room + run * rows * wide * size
                         for r in range(0, rows * wide * size, high * wide * size):
-                            weighed(like, min(ACROSS, across), left + r, right, into + r, counts)
+                            weighed(like, across, left + r, right, into + r, counts)
         for o in range(panels):
             start = ((group * outs + o * wide) * ins + c0) * taps
             source, here = sums + o * deep * wide * size, min(wide, outs - o * wide)

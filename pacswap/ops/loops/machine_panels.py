@@ -258,7 +258,7 @@ def pack(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """Of matrices [rows, columns] panels [columns, step], in another order of columns if asked for.
 
     For so many panels. `given`: addresses of the matrices, the panels and the order; numbers of
-    that, rows, columns, step.
+    that, rows, columns, step; whether a panel of fewer rows has only so many vectors for a column.
     """
     g, size = given, like.itemsize
     rows, deep, step = g[4], g[5], g[6]
@@ -268,7 +268,9 @@ def pack(first: int, last: int, thread: int, given: Any, like: Any) -> None:
         top = n % panels * step
         source = g[0] + (n // panels * rows + top) * deep * size
         here = min(step, rows - top)
-        together(like, source, deep, here, g[1] + n * deep * step * size, step, order, deep)
+        lanes = sizes(like)[0]
+        apart = -(-here // lanes) * lanes if g[7] else step
+        together(like, source, deep, here, g[1] + n * deep * step * size, apart, order, deep)
 
 
 @compiled

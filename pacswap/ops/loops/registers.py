@@ -48,6 +48,7 @@ class Maker:
         self.number = ir.FloatType() if self.size == 4 else ir.DoubleType()
         self.lanes, self.rows = lanes_of(like.ndim, self.size), rows_of(like.ndim)
         self.bytes = self.lanes * self.size
+        self.steps = max(self.lanes, self.rows), ACROSS  # of what `multiply` is given
         self.vector = ir.VectorType(self.number, self.lanes)
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
@@ -92,15 +93,15 @@ class Maker:
         return cgutils.alloca_once_value(self.to, value)
 
     def outer(
-        self, across: int, step: int, apart: int, places: tuple[Any, Any], counts: tuple[Any, ...]
+        self, across: int, steps: tuple[int, int], apart: int, places: Any, counts: Any
     ) -> list[list[Any]]:
         """Sums over k of left[k, row] · right[k, column].
 
         Args:
             across: vectors side by side.
-            step: numbers of `left` from one k to the next.
+            steps: from one k to the next, numbers of `left` and vectors of `right`.
             apart: numbers of `left` from one row to the next.
-            places: addresses of left and right; right has `ACROSS` vectors for each k.
+            places: addresses of left and right.
             counts: how many k there are, after how many of them `left` jumps, and by how many
                 numbers more.
 
@@ -122,8 +123,8 @@ class Maker:
                     factor = self.all_lanes(self.at(a, r * apart, self.size))
                     for place, column in zip(line, columns, strict=True):
                         to.store(self.times_plus(factor, column, to.load(place)), place)
-                to.store(self.at(a, step, self.size), left)
-                to.store(self.at(b, ACROSS, self.bytes), right)
+                to.store(self.at(a, steps[0], self.size), left)
+                to.store(self.at(b, steps[1], self.bytes), right)
             to.store(self.at(to.load(left), jump, self.size), left)
         return sums
 
@@ -163,7 +164,7 @@ def multiply(typingctx, like, across, left, right, into, total, run, jump, add):
     """
 
     def write(m, across, left, right, into, total, run, jump, add):
-        sums = m.outer(across, max(m.lanes, m.rows), 1, (left, right), (total, run, jump))
+        sums = m.outer(across, m.steps, 1, (left, right), (total, run, jump))
         _leave(m, sums, into, add)
 
     return code_of(like, (across,), 7, write)
@@ -171,10 +172,13 @@ def multiply(typingctx, like, across, left, right, into, total, run, jump, add):
 
 @intrinsic(prefer_literal=True)
 def weigh(typingctx, like, across, left, right, into, total, run, jump):
-    """As `multiply` that adds, with the k of a row together: rows lie `ACROSS` vectors apart."""
+    """As `multiply` that adds, with the k of a row together.
+
+    Rows lie `ACROSS` vectors apart, and `right` has no more vectors for each k than columns.
+    """
 
     def write(m, across, left, right, into, total, run, jump):
-        sums = m.outer(across, 1, ACROSS * m.lanes, (left, right), (total, run, jump))
+        sums = m.outer(across, (1, across), ACROSS * m.lanes, (left, right), (total, run, jump))
         _leave(m, sums, into, ir.Constant(INT, 1))
 
     return code_of(like, (across,), 6, write)
@@ -212,9 +216,8 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
 
     def write(m, across, left, right, total, rows, table, image, kernel, found, dots):
         to = m.to
-        step = max(m.lanes, m.rows)
         counts = (total, total, ir.Constant(INT, 0))
-        for r, line in enumerate(m.outer(across, step, 1, (left, right), counts)):
+        for r, line in enumerate(m.outer(across, m.steps, 1, (left, right), counts)):
             with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
                 there, here = (m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2))
                 for v, variable in enumerate(line):
