@@ -54,8 +54,9 @@ def test_a_failure_under_the_interpreter_is_seen(tmp_path):
     assert "AssertionError: interpreted" in run.stdout
 
 
-def test_both_files_are_there():
-    assert [path.stem for path in INTERPRETED] == ["triton_operators", "triton_values"]
+def test_all_files_are_there():
+    names = ["triton_operators", "triton_tuning", "triton_values"]
+    assert [path.stem for path in INTERPRETED] == names
 
 
 class Compiler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,18 +40,13 @@ TrustPython = Annotated[
 
 def _print_versions(asked: bool) -> None:
     if asked:
-        import timm
-        import torch
-
-        import pacswap
-
-        say(f"pacswap {pacswap.__version__}, torch {torch.__version__}, timm {timm.__version__}")
+        say(", ".join(f"{name} {version(name)}" for name in ("pacswap", "torch", "timm")))
         raise typer.Exit
 
 
 @app.callback()
 def _pacswap(
-    version: Annotated[
+    versions: Annotated[
         bool,
         typer.Option(
             "--version", help="Print the versions.", callback=_print_versions, is_eager=True

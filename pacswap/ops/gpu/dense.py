@@ -39,6 +39,34 @@ def real(channels, count, block: tl.constexpr, divisor: tl.constexpr):
     return channels < count if divisor % block else tl.full(channels.shape, True, tl.int1)
 
 
+@triton.jit
+def next_tap(channel, channels, y, step_y, x, step_x, first_x, count_x):
+    """(channel, y, x) of the next step: the next tap where the channels are at their end.
+
+    No `if`: the compiler would load for one step at a time.
+    """
+    x += tl.where(channel >= channels, step_x, 0)
+    channel = tl.where(channel >= channels, 0, channel)
+    is_row = x == first_x + count_x * step_x
+    y += tl.where(is_row, step_y, 0)
+    return channel, y, tl.where(is_row, first_x, x)
+
+
+@triton.jit
+def next_block(block, each, y, x, start_y, start_x, count: tl.constexpr, width):
+    """(block, y, x, wrapped) of the next block of so many pixels of an image that has `each`."""
+    x += count % width
+    y += count // width + (x >= width).to(tl.int32)
+    x = tl.where(x >= width, x - width, x)
+    over = block + 1 == each
+    return (
+        tl.where(over, 0, block + 1),
+        tl.where(over, start_y, y),
+        tl.where(over, start_x, x),
+        over,
+    )
+
+
 @tuned(PRODUCT)
 def forward(
     x, k, w, y, M, C, H, W, CO, HO, WO, TOP, LEFT, size,
@@ -90,12 +118,7 @@ def forward(
             there = known & inside(py * SH - TOP + ty * DH, px * SW - LEFT + tx * DW, H, W)
             scale = tl.load(factors + (ty * KW + tx) * HO * WO, mask=there, other=0.0)[:, None]
         total = tl.dot(terms * scale, weights, total, input_precision=PRECISION)
-        # No `if`: the compiler would load one step at a time.
-        first += BC
-        tx += (first >= CG).to(tl.int32)
-        first = tl.where(first >= CG, 0, first)
-        ty += (tx == KW).to(tl.int32)
-        tx = tl.where(tx == KW, 0, tx)
+        first, ty, tx = next_tap(first + BC, CG, ty, 1, tx, 1, 0, KW)
     tl.store(
         y + (pixel(b, py, px, CO, HO, WO)[:, None] + (g * OG + o)),
         total.to(y.dtype.element_ty), mask=known[:, None] & (o < OG),
@@ -107,9 +130,8 @@ def pull(
     dy, x, k, w, dx, dk, B, C, H, W, CO, HO, WO, TOP, LEFT, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    CF: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
-    WANT_INPUT: tl.constexpr, WANT_KERNEL: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr,
+    CF: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr, WANT_INPUT: tl.constexpr,
+    WANT_KERNEL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Z[q, c] = Σ_o dy[p, o] · w[o, t, c], where tap t of p sees q; dx = Σ_t K·Z, dk = x·Z.
 
@@ -128,9 +150,7 @@ def pull(
     known = (b < B) & (qy < H) & (qx < W)
     q = pixel(b, qy, qx, C, H, W)[:, None] + (g * CG + c)
     mine = known[:, None] & (c < CG)
-    own = tl.zeros([BP, BC], tl.float32)
-    if WANT_KERNEL:
-        own = tl.load(x + q, mask=mine, other=0.0).to(tl.float32)
+    own = tl.load(x + q, mask=mine, other=0.0).to(tl.float32)
     above, beside = phase // SW + TOP, phase % SW + LEFT
     first_y, step_y, count_y = reaching(above, KH, SH, DH)
     first_x, step_x, count_x = reaching(beside, KW, SW, DW)
@@ -142,22 +162,17 @@ def pull(
     filters = w + ((g * OG + o[:, None]).to(tl.int64) * (T * CG) + c)
     # Of the output pixel (i, j) and the first tap.
     place = factor(b, 0, 0, i, j, 1, T, HO, WO)
-    steps = tl.cdiv(OG, BO)
-    total = tl.zeros([BP, BC], tl.float32)
-    z = tl.zeros([BP, BC], tl.float32)
-    end_x = first_x + count_x * step_x
+    total, z = tl.zeros([BP, BC], tl.float32), tl.zeros([BP, BC], tl.float32)
     ty, tx, first = first_y, first_x, tl.full([], 0, tl.int32)
-    for _ in range(count_y * count_x * steps):
+    for _ in range(count_y * count_x * tl.cdiv(OG, BO)):
         shift = (above - ty * DH) // SH * WO + (beside - tx * DW) // SW
         t = ty * KW + tx
         seen = seen_at(sees, sees_y, sees_x, ty, tx, KH, KW)
         exists = real(first + o, OG, BO, OF)
-        grad = tl.load(
-            rows + (shift.to(tl.int64) * CO + first), mask=seen[:, None] & exists, other=0.0
-        )
-        weights = tl.load(
-            filters + (first * T + t) * CG, mask=exists[:, None] & real(c, CG, BC, CF), other=0.0
-        )
+        far = shift.to(tl.int64) * CO + first
+        grad = tl.load(rows + far, mask=seen[:, None] & exists, other=0.0)
+        mask = exists[:, None] & real(c, CG, BC, CF)
+        weights = tl.load(filters + (first * T + t) * CG, mask=mask, other=0.0)
         z = tl.dot(grad, weights, z, input_precision=PRECISION)
         first += BO
         if first >= OG:
@@ -173,10 +188,7 @@ def pull(
                     place + (t * HO * WO + shift), seen, WANT_INPUT, WANT_KERNEL,
                 )  # fmt: skip
             z = tl.zeros([BP, BC], tl.float32)
-        tx += tl.where(first >= OG, step_x, 0)
-        first = tl.where(first >= OG, 0, first)
-        ty += tl.where(tx == end_x, step_y, 0)
-        tx = tl.where(tx == end_x, first_x, tx)
+        first, ty, tx = next_tap(first, OG, ty, step_y, tx, step_x, first_x, count_x)
     if WANT_INPUT:
         tl.store(dx + q, total.to(dx.dtype.element_ty), mask=mine)
 
@@ -259,25 +271,17 @@ def weight_gradient(
             mask=known & real(o, OG, BO, OF)[:, None], other=0.0,
         )  # fmt: skip
         if EACH:
+            b, at_y, at_x = output // size_y, py[:, None], px[:, None]
             mask = seen[:, None] & (c < CG)
-            b = output // size_y
-            scale = separate(
-                k, b, g * CG + c, t, py[:, None], px[:, None], mask, C, T, HO, WO
-            )  # fmt: skip
-            terms *= scale
+            terms *= separate(k, b, g * CG + c, t, at_y, at_x, mask, C, T, HO, WO)
         else:
             # A sum, or the compiler would find out `seen` for every thread that multiplies.
             factors = k + (output * T + t * HO * WO + p)[:, None] + tl.zeros([1, 2], tl.int32)
             mask = seen[:, None] & (tl.arange(0, 2) == 0)
             grad *= tl.sum(tl.load(factors, mask=mask, other=0.0), 1).to(grad.dtype)
         total = tl.dot(grad, terms, total, input_precision=PRECISION)
-        block += 1
-        px += BP % WO
-        py += BP // WO + (px >= WO).to(tl.int32)
-        px = tl.where(px >= WO, px - WO, px)
-        px, py = tl.where(block == each, start_x, px), tl.where(block == each, start_y, py)
-        image += tl.where(block == each, size_x, 0)
-        output += tl.where(block == each, size_y, 0)
-        block = tl.where(block == each, 0, block)
+        block, py, px, over = next_block(block, each, py, px, start_y, start_x, BP, WO)
+        image += tl.where(over, size_x, 0)
+        output += tl.where(over, size_y, 0)
     at = ((s.to(tl.int64) * CO + g * OG + o[:, None]) * T + t) * CG + c
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=(o < OG)[:, None] & (c < CG))
