@@ -11,9 +11,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from pacswap.ops.loops.vectors import vector_bytes
 
 # Vectors of a block side by side: three, so that 8 rows of them, or 4, fill 24 or 12 registers; the
 # others hold what is multiplied.
@@ -25,8 +27,7 @@ INDEX = ir.IntType(32)
 @lru_cache(maxsize=1)
 def vector_axes() -> int:
     """Axes of `like` for this machine's vectors."""
-    has = binding.get_host_cpu_features()
-    return 3 if has.get("avx512f") else 2 if has.get("avx") else 1
+    return {16: 1, 32: 2, 64: 3}[vector_bytes()]
 
 
 def lanes_of(axes: int, itemsize: int) -> int:

@@ -22,7 +22,7 @@ _INDEX, _BYTE = ir.IntType(64), ir.IntType(8)
 
 
 @lru_cache(maxsize=1)
-def _vector_bytes() -> int:
+def vector_bytes() -> int:
     """Of the machine that numba compiles for, which an environment variable may narrow."""
     if config.CPU_FEATURES is not None:
         has = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
@@ -33,7 +33,7 @@ def _vector_bytes() -> int:
 
 def lanes(dtype: torch.dtype) -> int:
     """Numbers of a vector."""
-    return _vector_bytes() // dtype.itemsize
+    return vector_bytes() // dtype.itemsize
 
 
 @intrinsic
@@ -122,7 +122,7 @@ class Vectors:
         self._builder = builder
         self._number = ir.FloatType() if kind.bitwidth == 32 else ir.DoubleType()
         self._size = kind.bitwidth // 8
-        self.lanes = _vector_bytes() // self._size
+        self.lanes = vector_bytes() // self._size
         self._vector = ir.VectorType(self._number, self.lanes)
 
     def parts(self, given: Any) -> list[Any]:
