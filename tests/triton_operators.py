@@ -250,22 +250,26 @@ def test_more_factors_than_32_bits_count_are_refused_unless_depthwise():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_what_vmap_and_traces_hide_is_refused_and_gradients_are_not():
+def test_what_traces_and_transforms_hide_is_refused():
     given = CASE.tensors(torch.float32)
     tensors = [given["input"], drawn()["kernel"], given["weight"]]
 
-    def convolved(*tensors: Tensor) -> Tensor:
+    def convolved(*tensors: Tensor, backend: str = "triton") -> Tensor:
         window = ops.make_window(CASE.kernel_size, **CASE.geometry)
-        return ops.conv.convolve(*tensors, None, window, 1, "triton")
+        return ops.conv.convolve(*tensors, None, window, 1, backend)
 
-    reason = "its programs are opaque to torch.jit.trace and torch.func.vmap"
-    with pytest.raises(BackendError, match=reason):
+    def loss(weight: Tensor, backend: str) -> Tensor:
+        return convolved(*tensors[:2], weight, backend=backend).sum()
+
+    with pytest.raises(BackendError, match="its programs are opaque to torch.func"):
         torch.func.vmap(convolved)(*(t[None] for t in tensors))
-    with pytest.raises(BackendError, match=reason):
+    with pytest.raises(BackendError, match="its programs are opaque to torch.func"):
+        torch.func.grad(loss)(tensors[2], "triton")
+    with pytest.raises(BackendError, match="its programs are opaque to torch.jit.trace"):
         torch.jit.trace(convolved, tensors)
-    made = torch.func.grad(lambda w: convolved(*tensors[:2], w).sum())(tensors[2])
+    made = torch.func.grad(loss)(tensors[2], "auto")
     weight = tensors[2].requires_grad_()
-    (expected,) = torch.autograd.grad(convolved(*tensors[:2], weight).sum(), weight)
+    (expected,) = torch.autograd.grad(loss(weight, "triton"), weight)
     torch.testing.assert_close(made, expected)
 
 

@@ -74,18 +74,11 @@ def why_not_here() -> str | None:
         return "it is written for NVIDIA GPUs, and nobody has tried it on this build's AMD ones"
     if _exports():
         return "an exported graph must run where Triton is not installed"
-    if not torch.compiler.is_compiling() and _is_traced():
-        return "its programs are opaque to torch.jit.trace and torch.func.vmap"
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return "its programs are opaque to torch.jit.trace"
     if not INTERPRETS and not torch.cuda.is_available():
         return "Triton needs a CUDA GPU, and torch sees none"
     return None
-
-
-def _is_traced() -> bool:
-    """Whether images stand for others: a trace's, or all of a batch that `vmap` has hidden."""
-    level = torch._C._functorch.peek_interpreter_stack()
-    hidden = level is not None and level.key() == torch._C._functorch.TransformType.Vmap
-    return hidden or torch._C._get_tracing_state() is not None
 
 
 def _exports() -> bool:
