@@ -7,7 +7,7 @@ from pacswap.ops.window import Window
 # Multiply-adds of a product in the time of writing one number of K·v; and a depthwise convolution,
 # whose two products for each tap leave nothing to a matrix product.
 _WRITE = 6
-_DEPTHWISE = 2.0
+_DEPTHWISE = 1.4
 # Below this part of a window's taps that lie inside the image, those outside are left out.
 _DENSE = 0.65
 
