@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from pacswap.ops import taps
+from pacswap.ops.forms import exponential, pulls
 from pacswap.ops.measure import Measure
 from pacswap.ops.precision import differentiable_vjp
 from pacswap.ops.transforms import is_batched
@@ -60,6 +61,20 @@ class Engine(Protocol):
         """For the guidance, and for the centre if that was given."""
 
 
+class ExponentialEngine(Engine, Protocol):
+    """One that also computes the adapting kernel of a distance, in the same pass."""
+
+    def exponentials(
+        self,
+        guidance: Tensor,
+        centre: Tensor | None,
+        window: Window,
+        measure: Measure,
+        divisor: float,
+    ) -> Tensor:
+        """As `forms.exponential` of the distances; one kernel for all channels."""
+
+
 def tap_distance(
     engine: Engine,
     guidance: Tensor,
@@ -72,6 +87,27 @@ def tap_distance(
     if _learns(guidance, centre):
         return _apply(_TapDistance, guidance, centre, window, measure, channel_wise, engine)
     return engine.distances(guidance, centre, window, measure, channel_wise)
+
+
+def tap_exponential(
+    engine: ExponentialEngine,
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    measure: Measure,
+    divisor: float | Tensor,
+) -> Tensor:
+    """e^(d / divisor) of `tap_distance`; keeps itself, the guidance and the centre for backward.
+
+    d is computed again where the divisor, a scalar, learns.
+    """
+    scale = None
+    if isinstance(divisor, Tensor):
+        scale, divisor = divisor, divisor.detach().item()
+    if _learns(guidance, centre, scale):
+        given = (guidance, centre, scale, divisor, window, measure, engine)
+        return _apply(_TapExponential, *given)
+    return engine.exponentials(guidance, centre, window, measure, divisor)
 
 
 def pac_conv2d(
@@ -168,6 +204,48 @@ class _TapDistance(torch.autograd.Function):
             )
         else:
             results = ctx.engine.distance_gradients(guidance, centre, grad, window, *options)
+        return *results, None, None, None, None
+
+
+class _TapExponential(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        guidance: Tensor,
+        centre: Tensor | None,
+        scale: Tensor | None,
+        divisor: float,
+        window: Window,
+        measure: Measure,
+        engine: ExponentialEngine,
+    ) -> Tensor:
+        return engine.exponentials(guidance, centre, window, measure, divisor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        guidance, centre, scale, ctx.divisor, ctx.window, ctx.measure, ctx.engine = inputs
+        ctx.save_for_backward(guidance, centre, scale, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        guidance, centre, scale, kernel = ctx.saved_tensors
+        window, options = ctx.window, (ctx.measure, False)
+        results: Any
+        if torch.is_grad_enabled() or is_batched(grad):
+
+            def made(f: Tensor, c: Tensor | None, s: Tensor | None) -> Tensor:
+                d = taps.tap_distance(f, c, window, *options)
+                return exponential(d, ctx.divisor if s is None else s)
+
+            inputs, needed = (guidance, centre, scale), ctx.needs_input_grad[:3]
+            results = differentiable_vjp(made, inputs, needed, grad)
+        else:
+            pulled, results = pulls(grad, kernel, ctx.divisor), [None, None, None]
+            if any(ctx.needs_input_grad[:2]):
+                given = (guidance, centre, pulled, window, *options)
+                results[:2] = ctx.engine.distance_gradients(*given)
+            if ctx.needs_input_grad[2]:
+                d = ctx.engine.distances(guidance, centre, window, *options)
+                results[2] = ((pulled * d).sum() / -ctx.divisor).to(scale.dtype).view_as(scale)
         return *results, None, None, None, None
 
 

@@ -12,9 +12,10 @@ from pacswap.errors import ShapeError, nearest_hint
 from pacswap.ops import volume
 from pacswap.ops.backends import Backend, Task, choose
 from pacswap.ops.dimensions import AnyWindow, SequenceWindow, VolumeWindow, any_window, axes_of
+from pacswap.ops.forms import divisor_of, exponential, kernel_of
 from pacswap.ops.mask import masked
 from pacswap.ops.measure import Measure
-from pacswap.ops.normalize import Counted, counted_taps, normalized, valid_of
+from pacswap.ops.normalize import counted_taps, normalized, valid_of
 from pacswap.ops.precision import check_floating, compute_dtype
 from pacswap.ops.smoothing import smoothed_centre
 from pacswap.ops.window import Padding, Size2, Window
@@ -129,10 +130,13 @@ def adapting_kernel(
     if form == "constant":
         kernel = _ones(features, plane, channel_wise)
     else:
-        measure = _measure(form, asymmetric)
-        d = _distance(features, plane, measure, channel_wise, smoothing, backend)
+        how = (_measure(form, asymmetric), channel_wise, smoothing, backend)
         count = guidance.shape[1] if distance == "mean" and not channel_wise else 1
-        kernel = _kernel_of(d, count, form, bandwidth, alpha, lambd, counted)
+        if form != "inverse" and not counted.divides:
+            kernel = _distance(features, plane, *how, divisor_of(form, count, bandwidth, features))
+        else:
+            d = _distance(features, plane, *how)
+            kernel = kernel_of(d, count, form, bandwidth, alpha, lambd, counted)
     kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
         assert isinstance(plane, Window)  # a mask of a volume is refused
@@ -151,50 +155,6 @@ def _ones(features: Tensor, window: Window | VolumeWindow, channel_wise: bool) -
     """K ≡ 1, [B, 1 or D, KH*KW, H_out, W_out]."""
     B, D, *size = features.shape
     return features.new_ones(B, D if channel_wise else 1, window.taps, *window.output_size(*size))
-
-
-def _kernel_of(
-    d: Tensor,
-    count: int,
-    form: str,
-    bandwidth: float | Tensor,
-    alpha: float | Tensor,
-    lambd: float | Tensor,
-    counted: Counted,
-) -> Tensor:
-    """K from the distances d, [B, 1 or D, KH*KW, H_out, W_out], of which the mean is d / count.
-
-    If it is to be normalised, K of each window times a factor that makes its largest 1: a window
-    far from all that it sees would divide by a sum that is 0 in floating point.
-    """
-    # A scalar in half precision would leave its range when squared (float16 at 256).
-    width, alpha, lambd = (
-        value.to(d.dtype) if isinstance(value, Tensor) else value
-        for value in (bandwidth, alpha, lambd)
-    )
-    if form == "inverse":
-        alpha, lambd = _of_channels(alpha, d), _of_channels(lambd, d)
-        kernel = alpha + (d / (count * width**2) + 1e-4) ** (0.5 * lambd)
-        return kernel if counted.as_one is None else torch.where(counted.as_one, 1.0, kernel)
-    # One division: a pass over d takes as long as computing a small one.
-    exponent = d / (-count * width if form == "laplacian" else -2 * count * width**2)
-    if not counted.divides:
-        # Below that, exp gives subnormal numbers, with which a CPU takes a hundred times as long.
-        least = math.log(torch.finfo(d.dtype).tiny)
-        return exponent.clamp(min=least).exp_()  # in place: fresh memory takes as long
-    if counted.as_one is not None:
-        exponent = torch.where(counted.as_one, 0.0, exponent)
-    if counted.seen is not None:
-        exponent = torch.where(counted.seen, exponent, -math.inf)
-    largest = exponent.detach().amax(2, keepdim=True)
-    return torch.exp(exponent - torch.where(largest > -math.inf, largest, 0.0))
-
-
-def _of_channels(value: float | Tensor, d: Tensor) -> float | Tensor:
-    """A number for each channel, ready to meet d, [B, D, KH*KW, H_out, W_out]."""
-    if not isinstance(value, Tensor) or value.dim() != 1:
-        return value
-    return value.view(-1, *[1] * (d.dim() - 2))
 
 
 def tap_distance(
@@ -231,13 +191,18 @@ def _distance(
     channel_wise: bool,
     smoothing: Tensor | None,
     backend: Backend,
+    divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """`tap_distance` of an image or a volume."""
+    """`tap_distance` of an image or a volume, d; or e^(d / divisor)."""
     module = choose(backend, _task(features, window, measure, channel_wise))
     if isinstance(window, VolumeWindow):
-        return volume.tap_distance(module, features, window, measure, channel_wise)
-    centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
-    return module.tap_distance(features, centre, window, measure, channel_wise)
+        d = volume.tap_distance(module, features, window, measure, channel_wise)
+    else:
+        centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
+        if divisor is not None and hasattr(module, "tap_exponential"):
+            return module.tap_exponential(features, centre, window, measure, divisor)
+        d = module.tap_distance(features, centre, window, measure, channel_wise)
+    return d if divisor is None else exponential(d, divisor)
 
 
 def blended(kernel: Tensor, blend: float | Tensor) -> Tensor:

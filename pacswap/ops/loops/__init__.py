@@ -6,6 +6,7 @@ Half precisions are computed in float32.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from pacswap.ops.precision import compute_dtype
 from pacswap.ops.window import Window
 
 tap_distance, pac_conv2d, attach_kernel_gradient = handwritten.operations(sys.modules[__name__])
+tap_exponential = partial(handwritten.tap_exponential, sys.modules[__name__])
 
 
 def distances(
@@ -28,9 +30,30 @@ def distances(
     channel_wise: bool,
 ) -> Tensor:
     """As `handwritten.Engine` says, like all that follow."""
+    return _distances(guidance, centre, window, measure, None)
+
+
+def exponentials(
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    measure: Measure,
+    divisor: float,
+) -> Tensor:
+    """In the same pass."""
+    return _distances(guidance, centre, window, measure, divisor)
+
+
+def _distances(
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    measure: Measure,
+    divisor: float | None,
+) -> Tensor:
     image, plane = _with_border(_raw(guidance), window)
-    given = None if centre is None else _raw(centre)
-    found = distance.distances(image.contiguous(), given, plane, square=measure == "square")
+    given, square = None if centre is None else _raw(centre), measure == "square"
+    found = distance.distances(image.contiguous(), given, plane, square=square, divisor=divisor)
     return found if found.dtype == guidance.dtype else found.to(guidance.dtype)
 
 

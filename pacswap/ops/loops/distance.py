@@ -8,6 +8,7 @@ addresses is held by names here until they have come to their end.
 from __future__ import annotations
 
 import math
+import struct
 from functools import lru_cache
 
 import torch
@@ -23,14 +24,22 @@ _AT_ONCE = 4  # taps, and backward channels
 _VECTORS = 2  # that loops read at once, perhaps beyond what is computed
 
 
-def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square: bool) -> Tensor:
-    """Σ_c φ(f_q − f_p).
+def distances(
+    guidance: Tensor,
+    centre: Tensor | None,
+    window: Window,
+    *,
+    square: bool,
+    divisor: float | None = None,
+) -> Tensor:
+    """Σ_c φ(f_q − f_p) = d, or e^(d / divisor) without subnormal numbers.
 
     Args:
         guidance: f, [B, D, H, W], contiguous, float32 or float64.
         centre: f_p, [B, D, H_out, W_out], or None where it is the centre tap's.
         window: the geometry, with a border of zeros.
         square: φ is the square, else the absolute value.
+        divisor: negative.
 
     Returns:
         [B, 1, KH*KW, H_out, W_out].
@@ -39,12 +48,12 @@ def distances(guidance: Tensor, centre: Tensor | None, window: Window, *, square
     plan = planned(window, shape, dtype, centre is None, torch.get_num_threads())
     output = guidance.new_empty(shape[0], 1, window.taps, *plan.lie.size)
     if shape[1] == 0:
-        return output.zero_()
+        return output.zero_() if divisor is None else output.fill_(1)
     room = guidance.new_empty(plan.threads, plan.room)
     apart = None if centre is None else plan.lie.outputs(centre, _VECTORS * lanes(dtype))
     given = (
         guidance.data_ptr(), *shape, 0 if apart is None else apart.data_ptr(), output.data_ptr(),
-        shape[0], *output.shape[2:], *described(room), square, *plan.numbers,
+        shape[0], *output.shape[2:], *described(room), square, _bits(divisor), *plan.numbers,
     )  # fmt: skip
     shared(machine.distances, guidance, plan.units, plan.threads, given)
     return output
@@ -148,6 +157,11 @@ def _mirrored_gradients(guidance: Tensor, grad: Tensor, lie: Layout, square: boo
     )  # fmt: skip
     shared(machine.mirrored_gradients, guidance, blocks, threads, given)
     return found
+
+
+def _bits(number: float | None) -> int:
+    """Of a float64; 0, which only zero has, for none."""
+    return 0 if number is None else struct.unpack("q", struct.pack("d", number))[0]
 
 
 def _mirrors(window: Window) -> bool:

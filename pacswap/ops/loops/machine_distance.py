@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from pacswap.ops.loops.machine_planes import add_back, cut, unflatten
 from pacswap.ops.loops.threads import compiled, pointer
-from pacswap.ops.loops.vectors import Vectors
+from pacswap.ops.loops.vectors import Vectors, exponentials, number_of
 
 _VECTORS = 2  # at once, of each sum
 # At once: what the taps of a row see of them stays in the first cache; and sums of sums are more
@@ -66,7 +66,7 @@ def sum_channels(
 
 @compiled
 def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None:
-    """output[b, t, p] = Σ_c φ(f[p + t] − f_p).
+    """output[b, t, p] = Σ_c φ(f[p + t] − f_p) =: d, or e^(d / divisor).
 
     For blocks `first` to `last` of rows, of all images. With `halves`, what a tap differs from the
     centre is what the centre, seen from there, differs from the opposite tap: half of the taps are
@@ -74,18 +74,20 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
 
     `given`: f [B, D, H, W]; the address of f_p [B, D, H_out·row], not used where the centre is a
     tap; output [B, taps, H_out, W_out]; room [threads, planes of `CHANNELS`, two vectors, then a
-    stretch for each tap that is computed]; whether φ is the square or the absolute value, numbers
-    of a stretch, numbers of a vector, numbers from plane to plane, rows of a block, the tap that is
-    the centre or −1, halves (0 or 1), the address of the offsets of the taps, and `Layout.numbers`.
-    f_p and a plane can be read two vectors beyond their ends.
+    stretch for each tap that is computed]; whether φ is the square or the absolute value, the bits
+    of the divisor or 0 for none, numbers of a stretch, numbers of a vector, numbers from plane to
+    plane, rows of a block, the tap that is the centre or −1, halves (0 or 1), the address of the
+    offsets of the taps, and `Layout.numbers`. f_p and a plane can be read two vectors beyond their
+    ends.
     """
     g, size = given, like.itemsize
     image = carray(pointer(g[0]), (g[1], g[2], g[3], g[4]), like.dtype)
     output = carray(pointer(g[6]), (g[7], g[8], g[9], g[10]), like.dtype)
     room = carray(pointer(g[11]), (g[12], g[13]), like.dtype)[thread]
-    square, stretch, lanes, plane, rows, centre, halves = g[14:21]
-    lie, D, (taps, height, width) = g[22:], image.shape[1], output.shape[1:]
-    offsets, row = carray(pointer(g[21]), (taps,), np.int64), lie[7]
+    square, divides, stretch, lanes, plane, rows, centre, halves = g[14:22]
+    lie, D, (taps, height, width) = g[23:], image.shape[1], output.shape[1:]
+    offsets, row = carray(pointer(g[22]), (taps,), np.int64), lie[7]
+    divisor = number_of(divides)
     to = offsets[centre] if centre >= 0 else 0
     computed = centre if halves else taps
     here, sums = g[11] + size * thread * room.size, room.size - computed * stretch
@@ -111,7 +113,7 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
                 beyond = to - offsets[t] if halves else 0
                 for q in range(0, n + beyond, 2 * lanes):
                     into = here + size * (sums + t * stretch + q)
-                    places = (here + size * q, centres + size * q, into, g[21] + 8 * t)
+                    places = (here + size * q, centres + size * q, into, g[22] + 8 * t)
                     steps = (plane, apart, stretch)
                     if many == 4 and square:
                         sum_channels(like, 4, 1, places, share, steps)
@@ -124,12 +126,16 @@ def distances(first: int, last: int, thread: int, given: Any, like: Any) -> None
                 t += many
         for t in range(computed):
             made = room[sums + t * stretch :]
+            if divides != 0:
+                beyond = to - offsets[t] if halves else 0
+                exponentials(like, made.ctypes.data, n + beyond, divisor)
             unflatten(made, output[b, t, top : top + count], row)
             if halves:
                 opposite = output[b, taps - 1 - t, top : top + count]
                 unflatten(made[to - offsets[t] :], opposite, row)
         if centre >= 0:
-            output[b, centre, top : top + count] = 0
+            own = np.exp(0.0 / divisor) if divides != 0 else 0.0
+            output[b, centre, top : top + count] = own
 
 
 @intrinsic(prefer_literal=True)

@@ -8,9 +8,11 @@ GOMP_parallel, calls any function of C, and numba makes such functions.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -44,11 +47,30 @@ def inner(function: Callable[..., Any]) -> Any:
 
 def _compiled(function: Callable[..., Any], **options: bool) -> Any:
     fast = {"contract", "reassoc", "nsz"}
-    given = {"nogil": True, "error_model": "numpy", "fastmath": fast, **options}
-    try:
-        return numba.njit(cache=True, **given)(function)
-    except RuntimeError:  # neither beside this file nor in the user's home can a cache be written
-        return numba.njit(**given)(function)
+    made = numba.njit(nogil=True, error_model="numpy", fastmath=fast, **options)(function)
+    # Without it where neither beside that file nor in the user's home one can be written.
+    with suppress(RuntimeError):
+        made._cache = _Cache(function)
+    return made
+
+
+class _Cache(FunctionCache):
+    """numba's, on the disk, of code that is of use while no file of this package has changed.
+
+    numba looks at the file of the function alone, and what that calls would be the old one's.
+    """
+
+    def _index_key(self, *given: Any) -> Any:
+        return *super()._index_key(*given), _sources()
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A fingerprint of what the loops are compiled from."""
+    made = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        made.update(file.read_bytes())
+    return made.hexdigest()
 
 
 @intrinsic

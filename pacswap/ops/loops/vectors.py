@@ -7,6 +7,7 @@ written down one by one. They are LLVM's for vectors of any width, and become th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +20,12 @@ from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 _INDEX, _BYTE = ir.IntType(64), ir.IntType(8)
+# By bytes of a number: the least that is not subnormal, digits, the last term of the series of e^x,
+# and ln 2 in two parts, of which the first times a whole number is exact.
+_EXPONENTIAL = {
+    4: (2.0**-126, 23, 7, 355 / 512, math.log(2) - 355 / 512),
+    8: (2.0**-1022, 52, 13, 0.6931471803691238, 1.9082149292705877e-10),
+}
 
 
 @lru_cache(maxsize=1)
@@ -111,11 +118,41 @@ def every_other(typingctx: Any, like: Any, to: Any, source: Any, count: Any) -> 
     return types.void(like, types.int64, types.int64, types.int64), code
 
 
+@intrinsic
+def number_of(typingctx: Any, bits: Any) -> Any:
+    """The float64 of which a whole number holds the bits."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), code
+
+
+@intrinsic
+def exponentials(typingctx: Any, like: Any, at: Any, count: Any, divisor: Any) -> Any:
+    """e^(x / divisor) of so many numbers x, and of the rest of the last vector, in their place.
+
+    Not above 1, and nowhere below the least number that is not subnormal.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Vectors(builder, like.dtype)
+        by = emit.all_lanes(args[3])
+        rounded = builder.add(args[2], _INDEX(emit.lanes - 1))
+        with emit.repeated(builder.udiv(rounded, _INDEX(emit.lanes))) as i:
+            place = emit.vector(args[1], i)
+            emit.store(emit.exponential(emit.quotient(emit.load(place), by)), place)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64, types.float64), code
+
+
 class Vectors:
     """Emits instructions on vectors, for an intrinsic.
 
     Addresses and numbers are values of LLVM, whole numbers of 64 bits. Additions may be fused with
-    products; NaN and infinity stay what they are.
+    products, which each says: numba lets what says nothing be reordered. NaN and infinity stay what
+    they are.
     """
 
     def __init__(self, builder: Any, kind: types.Float) -> None:
@@ -172,7 +209,11 @@ class Vectors:
 
     def spread(self, address: Any) -> Any:
         """The number at an address, in every lane."""
-        number = self._builder.load(self._builder.inttoptr(address, self._number.as_pointer()))
+        return self._in_all(
+            self._builder.load(self._builder.inttoptr(address, self._number.as_pointer()))
+        )
+
+    def _in_all(self, number: Any) -> Any:
         nothing, position = ir.Constant(self._vector, ir.Undefined), ir.IntType(32)
         first = self._builder.insert_element(nothing, number, position(0))
         zeros = ir.Constant(ir.VectorType(position, self.lanes), [0] * self.lanes)
@@ -207,6 +248,10 @@ class Vectors:
         """A − b."""
         return self._builder.fsub(a, b, flags=("contract",))
 
+    def quotient(self, a: Any, b: Any) -> Any:
+        """A / b."""
+        return self._builder.fdiv(a, b, flags=("contract",))
+
     def absolute(self, a: Any) -> Any:
         """|a|."""
         bits = ir.VectorType(ir.IntType(8 * self._size), self.lanes)
@@ -221,6 +266,40 @@ class Vectors:
         above = self._builder.fcmp_ordered(">", a, zero)
         neither = self.choose(below, self.difference(zero, s), self.product(zero, s))
         return self.choose(above, s, neither)
+
+    def all_lanes(self, number: Any) -> Any:
+        """A float64 in every lane."""
+        if self._size == 4:
+            number = self._builder.fptrunc(number, self._number)
+        return self._in_all(number)
+
+    def exponential(self, x: Any) -> Any:
+        """e^x of x ≤ 0, as e^r · 2ⁿ with n the whole number next to x / ln 2; NaN of NaN.
+
+        x is raised to where e^x is nearly subnormal. The series of e^r, |r| ≤ ln 2 / 2, ends where
+        its rest is below a tenth of a rounding.
+        """
+        tiny, digits, terms, high, low = _EXPONENTIAL[self._size]
+        least = self._same(math.log(2 * tiny))
+        x = self.choose(self._builder.fcmp_ordered("<", x, least), least, x)
+        # Beside a number this large there is no room for a fraction: its last digits are n.
+        magic = self._same(1.5 * 2.0**digits)
+        scaled = self.sum(self.product(x, self._same(1 / math.log(2))), magic)
+        n = self.difference(scaled, magic)
+        r = self.difference(x, self.product(n, self._same(high)))
+        r = self.difference(r, self.product(n, self._same(low)))
+        made = self._same(1 / math.factorial(terms))
+        for k in reversed(range(terms)):
+            made = self.sum(self.product(made, r), self._same(1 / math.factorial(k)))
+        bits = ir.VectorType(ir.IntType(8 * self._size), self.lanes)
+        last = self._builder.bitcast(scaled, bits)
+        one = self._builder.bitcast(self._same(1.0), bits)
+        power = self._builder.shl(last, ir.Constant(bits, [digits] * self.lanes))
+        power = self._builder.bitcast(self._builder.add(one, power), self._vector)
+        return self.product(made, power)
+
+    def _same(self, number: float) -> Any:
+        return ir.Constant(self._vector, [number] * self.lanes)
 
     def sums(self, count: int) -> list[Any]:
         """Places of so many sums, 0 yet; registers, if there are enough."""
