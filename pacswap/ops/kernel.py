@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,15 +110,9 @@ def adapting_kernel(
         padding_mode=padding_mode,
         axes=_axes(guidance, kernel_size),
     )
-    check_options(
-        form=form,
-        distance=distance,
-        normalize=normalize,
-        bandwidth=bandwidth,
-        alpha=alpha,
-        lambd=lambd,
-        asymmetric=asymmetric,
-    )
+    numbers: Any = {"bandwidth": bandwidth, "alpha": alpha, "lambd": lambd}
+    names: Any = {"form": form, "distance": distance, "normalize": normalize}
+    check_options(**names, **numbers, asymmetric=asymmetric)
     _check_tensors(guidance, window, smoothing, alpha, lambd, channel_wise)
     _check_scalars(bandwidth=bandwidth, blend=blend)
     _check_mask(mask, guidance, window)
@@ -130,13 +124,14 @@ def adapting_kernel(
     if form == "constant":
         kernel = _ones(features, plane, channel_wise)
     else:
-        how = (_measure(form, asymmetric), channel_wise, smoothing, backend)
         count = guidance.shape[1] if distance == "mean" and not channel_wise else 1
+        divisor = None  # of what is computed in one pass
         if form != "inverse" and not counted.divides:
-            kernel = _distance(features, plane, *how, divisor_of(form, count, bandwidth, features))
-        else:
-            d = _distance(features, plane, *how)
-            kernel = kernel_of(d, count, form, bandwidth, alpha, lambd, counted)
+            divisor = divisor_of(form, count, bandwidth, features)
+        how = (_measure(form, asymmetric), channel_wise, smoothing, backend, divisor)
+        kernel = _distance(features, plane, *how)
+        if divisor is None:
+            kernel = kernel_of(kernel, count, form, bandwidth, alpha, lambd, counted)
     kernel = blended(normalized(kernel, normalize, counted.seen, taps), blend)
     if valid is not None:
         assert isinstance(plane, Window)  # a mask of a volume is refused
