@@ -10,8 +10,8 @@ import pytest
 import torch
 from numerics import Case, assert_all_close64, assert_as_good_as, fresh_memory_is_nan, pac, wide
 
-from pacswap.ops.loops import moves, registers, threads
-from pacswap.ops.loops.registers import ACROSS
+from pacswap.ops.loops import machine_dense, moves, registers, threads
+from pacswap.ops.loops.registers import ACROSS, COLUMNS
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 
@@ -28,6 +28,16 @@ def multiply(like, across, a, b, c, total, run, jump, add):  # type: ignore[no-u
 
 
 @numba.njit
+def multiply_turned(like, a, apart, b, c, total, run, jump, add):  # type: ignore[no-untyped-def]
+    registers.multiply_turned(like, 2, a, apart, b, c, total, run, jump, add)
+
+
+@numba.njit
+def pull_turned(like, a, apart, b, total, rows, table, v, K, found, dots):  # type: ignore[no-untyped-def]
+    registers.pull_turned(like, 2, a, apart, b, total, rows, table, v, K, found, dots)
+
+
+@numba.njit
 def weigh(like, a, b, c, total, run, jump):  # type: ignore[no-untyped-def]
     registers.weigh(like, 3, a, b, c, total, run, jump)
 
@@ -40,6 +50,11 @@ def pull(like, a, b, total, rows, table, v, K, found, dots):  # type: ignore[no-
 @numba.njit
 def adapt(like, K, line, v, channel, into, apart, table, taps, channels):  # type: ignore[no-untyped-def]
     registers.adapt(like, 2, K, line, v, channel, into, apart, table, taps, channels)
+
+
+@numba.njit
+def few(like, rest, is_even):  # type: ignore[no-untyped-def]
+    return machine_dense.few(like, rest, is_even)
 
 
 @numba.njit
@@ -97,6 +112,19 @@ def test_a_block_is_the_sum_of_outer_products(machine, across, add):
         m.same(c, truth + 0.01 * (np.arange(m.rows) == 1)[:, None])
 
 
+@pytest.mark.parametrize("add", [0, 1])
+def test_a_few_columns_are_computed_in_vectors_of_rows(machine, add):
+    m = machine
+    if m.step > m.wide:
+        pytest.skip("a panel has more rows than a row of sums has numbers: never done")
+    a, b, c = m.drawn(2, 3, 9, m.step), m.drawn(21, m.wide), m.drawn(2, m.step, m.wide)
+    truth = c.copy()
+    made = np.einsum("qkr,kw->qwr", a[:, :, :7].reshape(2, 21, m.step), b[:, :COLUMNS])
+    truth[:, :COLUMNS, : m.step] = add * truth[:, :COLUMNS, : m.step] + made
+    multiply_turned(m.like, at(a), a[0].size, at(b), at(c), 21, 7, 2 * m.step, add)
+    m.same(c, truth)
+
+
 def test_no_products_leave_zeros(machine):
     m = machine
     c = m.drawn(m.rows, m.wide)
@@ -125,6 +153,24 @@ def test_both_gradients_of_a_block(machine):
     pull(m.like, at(a), at(b), 10, rows, at(table), at(v), at(K), at(found), at(dots))
     m.same(found, truth[0])
     m.same(dots, truth[1])
+
+
+def test_both_gradients_of_a_few_columns(machine):
+    m, rows = machine, 2 * machine.step - 1
+    a, b = m.drawn(2, 10, m.step), m.drawn(10, m.wide)
+    v, K, found, dots = (m.drawn(300) for _ in range(4))
+    table = np.random.default_rng(1).integers(0, 290, (2 * m.step, 2))
+    truth = found.copy(), dots.copy()
+    made = np.einsum("qkr,kw->qrw", a, b[:, :COLUMNS]).reshape(-1, COLUMNS)
+    for (there, here), Z in zip(table[:rows], made[:rows], strict=True):
+        truth[0][there : there + COLUMNS] += K[here : here + COLUMNS] * Z
+        truth[1][here : here + COLUMNS] += v[there : there + COLUMNS] * Z
+    places = at(v), at(K), at(found), at(dots)
+    pull_turned(m.like, at(a), a[0].size, at(b), 10, rows, at(table), *places)
+    m.same(found, truth[0])
+    m.same(dots, truth[1])
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        m.same(dots, truth[1] + 0.01 * (np.arange(300) == table[0, 1]))
 
 
 def test_what_taps_see_times_their_factors(machine):
@@ -173,6 +219,8 @@ SMALL = {
     "one_channel": Case(padding=1, channels=(1, 9), groups=1, image=(1, 5, 6)),
     "grouped": Case(padding=1, groups=3, channels=(9, 6), image=(1, 7, 6)),
     "strided": Case(3, stride=(2, 3), padding=1, channels=(10, 9), image=(1, 12, 19)),
+    "a_few_columns": Case(padding=1, channels=(17, 32), image=(2, 7, 7)),
+    "a_few_of_two_vectors": Case(padding=1, channels=(5, 32), image=(1, 5, 8)),
     "no_border": Case((2, 3), channels=(6, 10), image=(1, 8, 21)),
     "beyond": Case(padding=6, dilation=6, channels=(10, 9), image=(2, 8, 11)),
 }
@@ -202,6 +250,23 @@ def test_with_other_vectors_it_is_as_good_as_torch(vectors):
     found = pac(case, given, "loops")
     for quantity in ("output", "grad_input", "grad_weight"):
         assert_as_good_as(found[quantity], truth[quantity], plain[quantity], 2.0, name=quantity)
+
+
+@pytest.mark.parametrize("count", range(1, 49))
+def test_any_number_of_columns(count, vectors):
+    """Of which some are computed in vectors of rows."""
+    case = Case((1, 3), padding=(0, 1), channels=(3, 16), image=(1, 1, count))
+    given = case.tensors()
+    assert_all_close64(pac(case, given, "loops"), pac(case, given, "reference"))
+
+
+def test_which_columns_are_computed_in_vectors_of_rows():
+    like = np.empty((0, 0, 0), np.float32)  # 16 lanes, panels of 16 rows
+    asked = {rest: few(like, rest, True) for rest in range(1, 49)}
+    assert [*asked.values()] == [*range(1, 13), 0, 0, 0, 0] * 3
+    assert not any(few(like, rest, False) for rest in asked)
+    short = np.empty(0, np.float32)  # 4 lanes, panels of 8 rows: no room beside two vectors
+    assert [few(short, n, True) for n in (3, 4, 7, 8, 9)] == [3, 0, 3, 0, 0]
 
 
 def test_a_run_is_like_the_one_before():

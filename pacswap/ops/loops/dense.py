@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pacswap.ops.loops import machine_dense, machine_panels
+from pacswap.ops.loops import machine_dense, machine_gradients, machine_panels
 from pacswap.ops.loops.blocks import (
     Blocks,
     backward_blocks,
@@ -142,7 +142,9 @@ def _pull(
             *(once * each, own, begin, work.columns, shape.batch, shape.groups),
             *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot, first, last),
         ]
-        _run(machine_dense.backward, work, image, shape.groups * work.pieces, work.threads, given)
+        _run(
+            machine_gradients.backward, work, image, shape.groups * work.pieces, work.threads, given
+        )
         if grad_kernel is not None:
             given = [dots.data_ptr(), grad_kernel.data_ptr(), work.threads, once * each, first]
             count = last - first
@@ -171,7 +173,7 @@ def _weigh(image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, wo
         *(room.data_ptr(), each, sums, columns, once, shape.batch, shape.groups),
         *(shape.ins, shape.outs, work.pieces, work.lot),
     ]
-    _run(machine_dense.weights, work, image, shape.groups * work.pieces, work.threads, given)
+    _run(machine_gradients.weights, work, image, shape.groups * work.pieces, work.threads, given)
 
 
 def _factors(kernel: Tensor, work: Blocks) -> Tensor:

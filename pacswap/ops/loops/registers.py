@@ -8,6 +8,8 @@ one axis for vectors of 16 bytes, two for 32, three for 64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +22,8 @@ from pacswap.ops.loops.vectors import vector_bytes
 # Vectors of a block side by side: three, so that 8 rows of them, or 4, fill 24 or 12 registers; the
 # others hold what is multiplied.
 ACROSS = 3
+# Columns of a block whose vectors hold rows.
+COLUMNS = 4
 INT = ir.IntType(64)
 INDEX = ir.IntType(32)
 
@@ -51,9 +55,6 @@ class Maker:
         self.bytes = self.lanes * self.size
         self.steps = max(self.lanes, self.rows), ACROSS  # of what `multiply` is given
         self.vector = ir.VectorType(self.number, self.lanes)
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
-        self._product = cgutils.get_or_insert_function(builder.module, kind, name)
 
     def at(self, address: Any, offset: Any = 0, times: int = 1) -> Any:
         """An address so many times `times` bytes further."""
@@ -87,7 +88,10 @@ class Maker:
 
     def times_plus(self, a: Any, b: Any, c: Any) -> Any:
         """a·b + c, rounded once where the machine can."""
-        return self.to.call(self._product, [a, b, c])
+        kind = ir.FunctionType(a.type, [a.type] * 3)
+        name = f"llvm.fmuladd.v{a.type.count}f{8 * self.size}"
+        product = cgutils.get_or_insert_function(self.to.module, kind, name)
+        return self.to.call(product, [a, b, c])
 
     def place(self, value: Any) -> Any:
         """A variable, which the compiler keeps in a register."""
@@ -96,22 +100,61 @@ class Maker:
     def outer(
         self, across: int, steps: tuple[int, int], apart: int, places: Any, counts: Any
     ) -> list[list[Any]]:
-        """Sums over k of left[k, row] · right[k, column].
+        """Sums over k of left[k, row] · right[k, column], in vectors of columns.
 
         Args:
             across: vectors side by side.
-            steps: from one k to the next, numbers of `left` and vectors of `right`.
+            steps: as in `products`, like `places` and `counts`.
             apart: numbers of `left` from one row to the next.
-            places: addresses of left and right.
-            counts: how many k there are, after how many of them `left` jumps, and by how many
-                numbers more.
+            places: addresses.
+            counts: of k.
 
         Returns:
             For each row the variables of its vectors.
         """
+        sums = [[self._sum() for _ in range(across)] for _ in range(self.rows)]
+        with self.products(steps, places, counts) as (a, b):
+            columns = [self.load(self.at(b, v, self.bytes)) for v in range(across)]
+            for r, line in enumerate(sums):
+                self._add(self.all_lanes(self.at(a, r * apart, self.size)), columns, line)
+        return sums
+
+    def outer_turned(self, panels: int, apart: Any, places: Any, counts: Any) -> list[list[Any]]:
+        """The same for a few columns, in vectors of rows.
+
+        Args:
+            panels: of `left`, each of as many rows as it lies by.
+            apart: numbers of `left` from one panel to the next.
+            places: as in `products`, like `counts`.
+            counts: of k.
+
+        Returns:
+            For each of `COLUMNS` columns the variables of its vectors.
+        """
+        each = range(self.steps[0] // self.lanes)
+        sums = [[self._sum() for _ in range(panels) for _ in each] for _ in range(COLUMNS)]
+        with self.products(self.steps, places, counts) as (a, b):
+            rows = []
+            for _ in range(panels):
+                rows += [self.load(self.at(a, v, self.bytes)) for v in each]
+                a = self.at(a, apart, self.size)
+            for c, line in enumerate(sums):
+                self._add(self.all_lanes(self.at(b, c, self.size)), rows, line)
+        return sums
+
+    @contextmanager
+    def products(
+        self, steps: tuple[int, int], places: Any, counts: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        """A loop over k, with the addresses of left[k] and right[k].
+
+        Args:
+            steps: from one k to the next, numbers of `left` and vectors of `right`.
+            places: addresses of left and right.
+            counts: how many k there are, after how many of them `left` jumps, and by how many
+                numbers more.
+        """
         to, (left, right), (total, run, jump) = self.to, map(self.place, places), counts
-        zero = ir.Constant(self.vector, None)
-        sums = [[self.place(zero) for _ in range(across)] for _ in range(self.rows)]
         rest = self.place(total)
         with cgutils.for_range(to, to.sdiv(to.sub(to.add(total, run), ir.Constant(INT, 1)), run)):
             left_over = to.load(rest)
@@ -119,15 +162,17 @@ class Maker:
             to.store(to.sub(left_over, run), rest)
             with cgutils.for_range(to, count):
                 a, b = to.load(left), to.load(right)
-                columns = [self.load(self.at(b, v, self.bytes)) for v in range(across)]
-                for r, line in enumerate(sums):
-                    factor = self.all_lanes(self.at(a, r * apart, self.size))
-                    for place, column in zip(line, columns, strict=True):
-                        to.store(self.times_plus(factor, column, to.load(place)), place)
+                yield a, b
                 to.store(self.at(a, steps[0], self.size), left)
                 to.store(self.at(b, steps[1], self.bytes), right)
             to.store(self.at(to.load(left), jump, self.size), left)
-        return sums
+
+    def _sum(self) -> Any:
+        return self.place(ir.Constant(self.vector, None))
+
+    def _add(self, factor: Any, vectors: list[Any], sums: list[Any]) -> None:
+        for place, vector in zip(sums, vectors, strict=True):
+            self.to.store(self.times_plus(factor, vector, self.to.load(place)), place)
 
 
 def code_of(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> Any:
@@ -186,15 +231,49 @@ def weigh(typingctx, like, across, left, right, into, total, run, jump):
 
 
 def _leave(m: Maker, sums: list[list[Any]], into: Any, add: Any) -> None:
-    """Sums go to memory, rows `ACROSS` vectors apart, or are added to it."""
-    lines = [m.at(into, r * ACROSS, m.bytes) for r in range(m.rows)]
-    places = [[m.at(line, v, m.bytes) for v in range(len(sums[0]))] for line in lines]
-    pairs = [pair for line in zip(sums, places, strict=True) for pair in zip(*line, strict=True)]
+    """Sums go to memory, lines `ACROSS` vectors apart, or are added to it."""
+    lines = [m.at(into, r * ACROSS, m.bytes) for r in range(len(sums))]
+    _put(m, [(line, at) for line, at in zip(sums, lines, strict=True)], add)
+
+
+def _put(m: Maker, lines: list[tuple[list[Any], Any]], add: Any) -> None:
+    """Each line of vectors to its address, or added to what is there."""
+    pairs = [(v, m.at(at, n, m.bytes)) for line, at in lines for n, v in enumerate(line)]
     with m.to.if_then(m.to.icmp_signed("!=", add, ir.Constant(INT, 0))):
         for variable, place in pairs:
             m.to.store(m.to.fadd(m.to.load(variable), m.load(place)), variable)
     for variable, place in pairs:
         m.store(m.to.load(variable), place)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_turned(typingctx, like, panels, left, apart, right, into, total, run, jump, add):
+    """`multiply` for a few columns and whole panels of rows.
+
+    Column j of a panel, a number for each row, is where the other's row j would begin.
+
+    Args:
+        panels: of rows, a constant.
+        left: address, as in `multiply` like all that follow but one.
+        apart: numbers of `left` from a panel to the next.
+        right: address.
+        into: address.
+        total: how many k.
+        run: after how many of them `left` jumps.
+        jump: how many numbers.
+        add: or not.
+    """
+
+    def write(m, panels, left, apart, right, into, total, run, jump, add):
+        sums, each = m.outer_turned(panels, apart, (left, right), (total, run, jump)), m.steps[0]
+        lines = []
+        for c, line in enumerate(sums):
+            for panel in range(panels):
+                at = m.at(into, (panel * each + c) * ACROSS, m.bytes)
+                lines.append((line[panel * each // m.lanes : (panel + 1) * each // m.lanes], at))
+        _put(m, lines, add)
+
+    return code_of(like, (panels,), 8, write)
 
 
 @intrinsic(prefer_literal=True)
@@ -216,20 +295,64 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
     """
 
     def write(m, across, left, right, total, rows, table, image, kernel, found, dots):
-        to = m.to
+        to, places = m.to, (image, kernel, found, dots)
         counts = (total, total, ir.Constant(INT, 0))
         for r, line in enumerate(m.outer(across, m.steps, 1, (left, right), counts)):
             with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
-                there, here = (m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2))
+                columns = [m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2)]
                 for v, variable in enumerate(line):
-                    Z, further = to.load(variable), v * m.bytes
-                    x, k = m.at(image, there, m.size), m.at(kernel, here, m.size)
-                    f, d = m.at(found, there, m.size), m.at(dots, here, m.size)
-                    x, k, f, d = (m.at(place, further) for place in (x, k, f, d))
-                    m.store(m.times_plus(m.load(k), Z, m.load(f)), f)
-                    m.store(m.times_plus(m.load(x), Z, m.load(d)), d)
+                    _share(m, to.load(variable), v * m.lanes, columns, places)
 
     return code_of(like, (across,), 10, write)
+
+
+def _share(m: Maker, Z: Any, further: int, columns: Any, places: Any) -> None:
+    """What some numbers Z of a row give to the gradients of image and kernel."""
+    there, here = (m.at(place, further) for place in columns)
+    image, kernel, found, dots = places
+    x, f = m.at(image, there, m.size), m.at(found, there, m.size)
+    k, d = m.at(kernel, here, m.size), m.at(dots, here, m.size)
+    kind = Z.type
+    m.store(m.times_plus(m.load(k, kind), Z, m.load(f, kind)), f)
+    m.store(m.times_plus(m.load(x, kind), Z, m.load(d, kind)), d)
+
+
+@intrinsic(prefer_literal=True)
+def pull_turned(
+    typingctx, like, panels, left, apart, right, total, rows, table, image, kernel, found, dots
+):
+    """`pull` for a few columns and whole panels of rows.
+
+    Args:
+        panels: of rows, a constant.
+        left: address, as in `pull` like all that follow but one.
+        apart: numbers of `left` from a panel to the next.
+        right: address.
+        total: how many k.
+        rows: that count, at most those of the panels.
+        table: address.
+        image: address.
+        kernel: address.
+        found: address.
+        dots: address.
+    """
+
+    def write(m, panels, left, apart, right, total, rows, table, image, kernel, found, dots):
+        to, places = m.to, (image, kernel, found, dots)
+        counts = (total, total, ir.Constant(INT, 0))
+        sums = m.outer_turned(panels, apart, (left, right), counts)
+        sums = [[to.load(variable) for variable in line] for line in sums]
+        for r in range(panels * m.steps[0]):
+            with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
+                columns = [m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2)]
+                Z = ir.Constant(ir.VectorType(m.number, COLUMNS), ir.Undefined)
+                for c, line in enumerate(sums):
+                    lane = ir.Constant(INDEX, r % m.lanes)
+                    one = to.extract_element(line[r // m.lanes], lane)
+                    Z = to.insert_element(Z, one, ir.Constant(INDEX, c))
+                _share(m, Z, 0, columns, places)
+
+    return code_of(like, (panels,), 10, write)
 
 
 @intrinsic(prefer_literal=True)
