@@ -31,7 +31,7 @@ from torch import Tensor
 from pacswap import ops
 from pacswap.ops import backends, make_window, window
 from pacswap.ops.backends import Task
-from pacswap.ops.loops import machine_planes, planes, threads, vectors
+from pacswap.ops.loops import emit, machine_planes, planes, threads
 
 fresh_memory = pytest.fixture(autouse=True, scope="module")(fresh_memory_is_nan)
 
@@ -173,7 +173,7 @@ def plane_of(window: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor, Any]:
     """(an image, its plane, how that lies)."""
     image = torch.randn(size, dtype=torch.float64)
     lie = planes.whole(window, size)
-    room = torch.empty(lie.plane + vectors.lanes(torch.float64), dtype=torch.float64)
+    room = torch.empty(lie.plane + emit.lanes(torch.float64), dtype=torch.float64)
     plane = room[: lie.plane]
     machine_planes.cut(image.numpy(), plane.numpy(), 0, np.array(lie.numbers))
     return image, plane, lie
@@ -221,9 +221,9 @@ def test_rows_of_any_width_are_cut(step):
 NARROWER = """
 import sys
 import pytest
-from pacswap.ops.loops import vectors
+from pacswap.ops.loops import emit
 import torch
-assert vectors.lanes(torch.float32) == int(sys.argv[1]), vectors.lanes(torch.float32)
+assert emit.lanes(torch.float32) == int(sys.argv[1]), emit.lanes(torch.float32)
 sys.exit(pytest.main([*sys.argv[2:], "-q", "-p", "no:cacheprovider", "-o", "addopts="]))
 """
 
@@ -236,8 +236,8 @@ DISTANCES = "test_distances_in_single_precision_are_as_good_as_torch"
 )
 def test_with_narrower_vectors_than_this_machines(features, count):
     """numba can be told to compile for a machine that has less."""
-    if vectors.lanes(torch.float32) < count:
-        pytest.skip(f"this machine's vectors have {vectors.lanes(torch.float32)} numbers")
+    if emit.lanes(torch.float32) < count:
+        pytest.skip(f"this machine's vectors have {emit.lanes(torch.float32)} numbers")
     here = Path(__file__)
     tests = [f"{here}::{IN_SINGLE}[{name}]" for name in SINGLE]
     tests += [f"{here}::{DISTANCES}[{name}]" for name in ("3x3", "in_steps")]

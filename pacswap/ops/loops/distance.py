@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pacswap.ops.loops import machine_distance as machine
+from pacswap.ops.loops.emit import lanes
 from pacswap.ops.loops.planes import Layout, Plan, layout, whole
 from pacswap.ops.loops.threads import described, parts, shared
-from pacswap.ops.loops.vectors import lanes
 from pacswap.ops.window import Window
 
 _AT_ONCE = 4  # taps, and backward channels

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pacswap.ops.loops import machine_grouped as machine
+from pacswap.ops.loops.emit import lanes
 from pacswap.ops.loops.planes import Plan, layout
 from pacswap.ops.loops.threads import described, parts, shared
-from pacswap.ops.loops.vectors import lanes
 from pacswap.ops.window import Window
 
 _AT_ONCE = 4  # outputs

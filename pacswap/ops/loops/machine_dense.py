@@ -17,9 +17,10 @@ from pacswap.ops.loops.machine_panels import (
     taps_of,
     together,
 )
-from pacswap.ops.loops.moves import copy, copy_steps
+from pacswap.ops.loops.moves import copy_steps
 from pacswap.ops.loops.registers import ACROSS, COLUMNS, adapt, multiply, multiply_turned
 from pacswap.ops.loops.threads import compiled, inner
+from pacswap.ops.loops.vectors import copy
 
 
 @inner

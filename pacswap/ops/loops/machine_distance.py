@@ -12,9 +12,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
+from pacswap.ops.loops.emit import Vectors
 from pacswap.ops.loops.machine_planes import add_back, cut, unflatten
 from pacswap.ops.loops.threads import compiled, pointer
-from pacswap.ops.loops.vectors import Vectors, exponentials, number_of
+from pacswap.ops.loops.vectors import exponentials, number_of
 
 _VECTORS = 2  # at once, of each sum
 # At once: what the taps of a row see of them stays in the first cache; and sums of sums are more
@@ -46,18 +47,18 @@ def sum_channels(
         sums = [emit.sums(_VECTORS) for _ in range(count)]
         with emit.repeated(args[4]) as c:
             middle = emit.place(centres, apart, c)
-            centre = [emit.load(emit.vector(middle, i)) for i in range(_VECTORS)]
+            centre = [emit.load(emit.nth(middle, i)) for i in range(_VECTORS)]
             for t in range(count):
                 tap = emit.place(at[t], plane, c)
                 for i in range(_VECTORS):
-                    apart_by = emit.difference(emit.load(emit.vector(tap, i)), centre[i])
+                    apart_by = emit.difference(emit.load(emit.nth(tap, i)), centre[i])
                     if square.literal_value:
                         emit.add(sums[t][i], emit.product(apart_by, apart_by))
                     else:
                         emit.add(sums[t][i], emit.absolute(apart_by))
         for t in range(count):
             for i in range(_VECTORS):
-                place = emit.vector(emit.place(made, stretch, t), i)
+                place = emit.nth(emit.place(made, stretch, t), i)
                 emit.store(emit.sum(emit.load(place), emit.total(sums[t][i])), place)
         return context.get_dummy_value()
 
@@ -159,25 +160,25 @@ def pull_channels(
         features, pulls, made, offsets = emit.parts(args[3])
         plane, into, stretch = emit.parts(args[5])
         own = [emit.place(features, plane, c) for c in range(count)]
-        here = [[emit.load(emit.vector(f, i)) for i in range(_VECTORS)] for f in own]
+        here = [[emit.load(emit.nth(f, i)) for i in range(_VECTORS)] for f in own]
         sums = [emit.sums(_VECTORS) for _ in range(count)]
         with emit.repeated(args[4]) as t:
             tap = emit.place(pulls, stretch, t)
-            s = [emit.load(emit.vector(tap, i)) for i in range(_VECTORS)]
+            s = [emit.load(emit.nth(tap, i)) for i in range(_VECTORS)]
             if square.literal_value:
                 s = [emit.sum(value, value) for value in s]
             seen = emit.place(features, emit.index(offsets, t))
             for c in range(count):
                 there = emit.place(seen, plane, c)
                 for i in range(_VECTORS):
-                    apart_by = emit.difference(here[c][i], emit.load(emit.vector(there, i)))
+                    apart_by = emit.difference(here[c][i], emit.load(emit.nth(there, i)))
                     if square.literal_value:
                         emit.add(sums[c][i], emit.product(s[i], apart_by))
                     else:
                         emit.add(sums[c][i], emit.signed(s[i], apart_by))
         for c in range(count):
             for i in range(_VECTORS):
-                emit.store(emit.total(sums[c][i]), emit.vector(emit.place(made, into, c), i))
+                emit.store(emit.total(sums[c][i]), emit.nth(emit.place(made, into, c), i))
         return context.get_dummy_value()
 
     return types.void(like, channels, square, places, taps, steps), code

@@ -11,9 +11,10 @@ import numpy as np
 
 from pacswap.ops.loops.machine_dense import adapted, few
 from pacswap.ops.loops.machine_panels import add_columns, chunk, columns, sizes, taps_of
-from pacswap.ops.loops.moves import clear, copy, copy_rows, copy_steps, turn
+from pacswap.ops.loops.moves import clear, copy_rows, copy_steps, turn
 from pacswap.ops.loops.registers import ACROSS, COLUMNS, pull, pull_turned, weigh
 from pacswap.ops.loops.threads import compiled, inner
+from pacswap.ops.loops.vectors import copy
 
 
 @inner

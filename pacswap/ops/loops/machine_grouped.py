@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from pacswap.ops.loops.emit import INT, Vectors
 from pacswap.ops.loops.machine_planes import add_back, cut, flatten, unflatten
 from pacswap.ops.loops.threads import compiled, pointer
-from pacswap.ops.loops.vectors import Vectors, copy
+from pacswap.ops.loops.vectors import copy
 
 _ROWS = 2
 
@@ -182,25 +182,25 @@ def share_tap(
         plane, outputs, filters = emit.parts(args[5])
         where, vectors = None, args[4]
         if not whole.literal_value:
-            where, vectors = emit.lanes_below(args[4]), ir.Constant(ir.IntType(64), 1)
+            where, vectors = emit.lanes_below(args[4]), INT(1)
         w = [emit.spread(emit.place(weight, filters, c)) for c in range(many)]
         sums = emit.sums(many)
         with emit.repeated(vectors) as i:
-            k, place = emit.load(emit.vector(factors, i)), emit.vector(dots, i)
+            k, place = emit.load(emit.nth(factors, i)), emit.nth(dots, i)
             before = dot = emit.load(place)
             for c in range(many):
-                g = emit.load(emit.vector(emit.place(pulled, outputs, c), i))
-                seen = emit.load(emit.vector(emit.place(v, plane, c), i))
+                g = emit.load(emit.nth(emit.place(pulled, outputs, c), i))
+                seen = emit.load(emit.nth(emit.place(v, plane, c), i))
                 both = emit.product(g, seen)
                 dot = emit.sum(dot, emit.product(w[c], both))
                 emit.add(sums[c], emit.choose(where, emit.product(k, both), emit.zero()))
-                near = emit.vector(emit.place(into, plane, c), i)
+                near = emit.nth(emit.place(into, plane, c), i)
                 old = emit.load(near)
                 new = emit.sum(old, emit.product(emit.product(w[c], k), g))
                 emit.store(emit.choose(where, new, old), near)
             emit.store(emit.choose(where, dot, before), place)
         for c in range(many):
-            place = emit.vector(found, c)
+            place = emit.nth(found, c)
             emit.store(emit.sum(emit.load(place), emit.total(sums[c])), place)
         return context.get_dummy_value()
 

@@ -21,13 +21,13 @@ from pacswap.ops.loops.moves import (
     add_steps,
     clear,
     clear_steps,
-    copy,
     copy_rows,
     copy_steps,
     turn,
 )
 from pacswap.ops.loops.registers import ACROSS, lanes_of, rows_of
 from pacswap.ops.loops.threads import compiled, inner, pointer
+from pacswap.ops.loops.vectors import copy
 
 _lanes, _rows = inner(lanes_of), inner(rows_of)
 CHUNK = 9  # numbers of a chunk

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pacswap.ops.loops.moves import copy_steps
 from pacswap.ops.loops.threads import compiled
-from pacswap.ops.loops.vectors import clear, copy, every, every_other
+from pacswap.ops.loops.vectors import clear, copy, every_other
 
 
 @compiled
@@ -55,7 +56,7 @@ def cut(image: Any, plane: Any, at: int, g: Any) -> None:
             elif across == 2:
                 every_other(plane, to + size * (line + a), x, b - a)
             else:
-                every(plane, to + size * (line + a), x, b - a, across)
+                copy_steps(plane, to + size * (line + a), x, b - a, across)
             clear(plane, to + size * (line + b), wide - b)
 
 

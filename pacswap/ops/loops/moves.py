@@ -6,7 +6,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pacswap.ops.loops.registers import INT, code_of
+from pacswap.ops.loops.emit import INT
+from pacswap.ops.loops.registers import code_of
 
 
 @intrinsic
@@ -56,7 +57,7 @@ def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors
 
     def write(m, step, into, apart, source, further, rows, vectors):
         to, even = m.to, [2 * lane for lane in range(m.lanes)]
-        y, x = m.place(into), m.place(source)
+        y, x = m.variable(into), m.variable(source)
         with cgutils.for_range(to, rows):
             with cgutils.for_range(to, vectors) as vector:
                 start = m.at(to.load(x), vector.index, step * m.bytes)
@@ -67,17 +68,6 @@ def copy_rows(typingctx, like, step, into, apart, source, further, rows, vectors
             to.store(m.at(to.load(x), further, m.size), x)
 
     return code_of(like, (step,), 6, write)
-
-
-@intrinsic
-def copy(typingctx, like, into, source, count):
-    """So many numbers from one address to another."""
-
-    def write(m, into, source, count):
-        places = [m.to.inttoptr(place, cgutils.voidptr_t) for place in (into, source)]
-        cgutils.raw_memcpy(m.to, *places, count, m.size)
-
-    return code_of(like, (), 3, write)
 
 
 @intrinsic
@@ -111,14 +101,14 @@ def add(typingctx, like, into, source, count):
 
     def write(m, into, source, count):
         to = m.to
-        whole = to.sdiv(count, ir.Constant(INT, m.lanes))
+        whole = to.sdiv(count, INT(m.lanes))
         with cgutils.for_range(to, whole) as n:
             place = m.at(into, n.index, m.bytes)
             m.store(to.fadd(m.load(place), m.load(m.at(source, n.index, m.bytes))), place)
-        done, width = to.mul(whole, ir.Constant(INT, m.lanes)), m.lanes // 2
+        done, width = to.mul(whole, INT(m.lanes)), m.lanes // 2
         while width:  # a rest of fewer lanes: 8, 4, 2 and 1 of them
-            wanted = to.and_(count, ir.Constant(INT, width))
-            with to.if_then(to.icmp_signed("!=", wanted, ir.Constant(INT, 0))):
+            wanted = to.and_(count, INT(width))
+            with to.if_then(to.icmp_signed("!=", wanted, INT(0))):
                 kind = ir.VectorType(m.number, width)
                 place, start = m.at(into, done, m.size), m.at(source, done, m.size)
                 m.store(to.fadd(m.load(place, kind), m.load(start, kind)), place)
@@ -132,7 +122,7 @@ def clear(typingctx, like, into, count):
     """So many zeros."""
 
     def write(m, into, count):
-        size = m.to.mul(count, ir.Constant(INT, m.size))
+        size = m.to.mul(count, INT(m.size))
         cgutils.memset(m.to, m.to.inttoptr(into, cgutils.voidptr_t), size, 0)
 
     return code_of(like, (), 2, write)

@@ -17,15 +17,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from pacswap.ops.loops.vectors import vector_bytes
+from pacswap.ops.loops.emit import INT, LANE, Vectors, vector_bytes
 
 # Vectors of a block side by side: three, so that 8 rows of them, or 4, fill 24 or 12 registers; the
 # others hold what is multiplied.
 ACROSS = 3
 # Columns of a block whose vectors hold rows.
 COLUMNS = 4
-INT = ir.IntType(64)
-INDEX = ir.IntType(32)
 
 
 @lru_cache(maxsize=1)
@@ -44,58 +42,18 @@ def rows_of(axes: int) -> int:
     return 4 if axes == 2 else 8
 
 
-class Maker:
-    """What an intrinsic writes its instructions with."""
+class Block(Vectors):
+    """Emits blocks of sums, for an intrinsic.
+
+    Attributes:
+        rows: of a block.
+        steps: from one k to the next, numbers of what lies by rows and vectors of the other.
+    """
 
     def __init__(self, builder: Any, like: Any) -> None:
-        self.to = builder
-        self.size = like.dtype.bitwidth // 8
-        self.number = ir.FloatType() if self.size == 4 else ir.DoubleType()
-        self.lanes, self.rows = lanes_of(like.ndim, self.size), rows_of(like.ndim)
-        self.bytes = self.lanes * self.size
-        self.steps = max(self.lanes, self.rows), ACROSS  # of what `multiply` is given
-        self.vector = ir.VectorType(self.number, self.lanes)
-
-    def at(self, address: Any, offset: Any = 0, times: int = 1) -> Any:
-        """An address so many times `times` bytes further."""
-        if isinstance(offset, int):
-            return self.to.add(address, ir.Constant(INT, offset * times))
-        return self.to.add(address, self.to.mul(offset, ir.Constant(INT, times)))
-
-    def load(self, address: Any, kind: Any = None) -> Any:
-        """A vector, or what `kind` says."""
-        read = self.to.load(self.to.inttoptr(address, (kind or self.vector).as_pointer()))
-        read.align = self.size
-        return read
-
-    def store(self, value: Any, address: Any) -> None:
-        """A vector or a number."""
-        place = self.to.inttoptr(address, value.type.as_pointer())
-        self.to.store(value, place).align = self.size
-
-    def all_lanes(self, address: Any) -> Any:
-        """One number in every lane."""
-        none = ir.Constant(self.vector, ir.Undefined)
-        first = ir.Constant(INDEX, 0)
-        one = self.to.insert_element(none, self.load(address, self.number), first)
-        return self.shuffled(one, none, [0] * self.lanes)
-
-    def shuffled(self, one: Any, other: Any, lanes: list[int]) -> Any:
-        """Lanes of two vectors, those of the other counted on."""
-        return self.to.shuffle_vector(
-            one, other, ir.Constant(ir.VectorType(INDEX, self.lanes), lanes)
-        )
-
-    def times_plus(self, a: Any, b: Any, c: Any) -> Any:
-        """a·b + c, rounded once where the machine can."""
-        kind = ir.FunctionType(a.type, [a.type] * 3)
-        name = f"llvm.fmuladd.v{a.type.count}f{8 * self.size}"
-        product = cgutils.get_or_insert_function(self.to.module, kind, name)
-        return self.to.call(product, [a, b, c])
-
-    def place(self, value: Any) -> Any:
-        """A variable, which the compiler keeps in a register."""
-        return cgutils.alloca_once_value(self.to, value)
+        super().__init__(builder, like.dtype, lanes_of(like.ndim, like.dtype.bitwidth // 8))
+        self.rows = rows_of(like.ndim)
+        self.steps = max(self.lanes, self.rows), ACROSS
 
     def outer(
         self, across: int, steps: tuple[int, int], apart: int, places: Any, counts: Any
@@ -112,11 +70,11 @@ class Maker:
         Returns:
             For each row the variables of its vectors.
         """
-        sums = [[self._sum() for _ in range(across)] for _ in range(self.rows)]
+        sums = [self.sums(across) for _ in range(self.rows)]
         with self.products(steps, places, counts) as (a, b):
             columns = [self.load(self.at(b, v, self.bytes)) for v in range(across)]
             for r, line in enumerate(sums):
-                self._add(self.all_lanes(self.at(a, r * apart, self.size)), columns, line)
+                self._add_products(self.spread(self.at(a, r * apart, self.size)), columns, line)
         return sums
 
     def outer_turned(self, panels: int, apart: Any, places: Any, counts: Any) -> list[list[Any]]:
@@ -132,14 +90,14 @@ class Maker:
             For each of `COLUMNS` columns the variables of its vectors.
         """
         each = range(self.steps[0] // self.lanes)
-        sums = [[self._sum() for _ in range(panels) for _ in each] for _ in range(COLUMNS)]
+        sums = [self.sums(panels * len(each)) for _ in range(COLUMNS)]
         with self.products(self.steps, places, counts) as (a, b):
             rows = []
             for _ in range(panels):
                 rows += [self.load(self.at(a, v, self.bytes)) for v in each]
                 a = self.at(a, apart, self.size)
             for c, line in enumerate(sums):
-                self._add(self.all_lanes(self.at(b, c, self.size)), rows, line)
+                self._add_products(self.spread(self.at(b, c, self.size)), rows, line)
         return sums
 
     @contextmanager
@@ -154,9 +112,9 @@ class Maker:
             counts: how many k there are, after how many of them `left` jumps, and by how many
                 numbers more.
         """
-        to, (left, right), (total, run, jump) = self.to, map(self.place, places), counts
-        rest = self.place(total)
-        with cgutils.for_range(to, to.sdiv(to.sub(to.add(total, run), ir.Constant(INT, 1)), run)):
+        to, (left, right), (total, run, jump) = self.to, map(self.variable, places), counts
+        rest = self.variable(total)
+        with cgutils.for_range(to, to.sdiv(to.sub(to.add(total, run), INT(1)), run)):
             left_over = to.load(rest)
             count = to.select(to.icmp_signed("<", left_over, run), left_over, run)
             to.store(to.sub(left_over, run), rest)
@@ -167,10 +125,7 @@ class Maker:
                 to.store(self.at(b, steps[1], self.bytes), right)
             to.store(self.at(to.load(left), jump, self.size), left)
 
-    def _sum(self) -> Any:
-        return self.place(ir.Constant(self.vector, None))
-
-    def _add(self, factor: Any, vectors: list[Any], sums: list[Any]) -> None:
+    def _add_products(self, factor: Any, vectors: list[Any], sums: list[Any]) -> None:
         for place, vector in zip(sums, vectors, strict=True):
             self.to.store(self.times_plus(factor, vector, self.to.load(place)), place)
 
@@ -182,12 +137,12 @@ def code_of(like: Any, constants: tuple[Any, ...], numbers: int, write: Any) -> 
         like: type of the first argument.
         constants: types of those that the compiler knows.
         numbers: how many follow.
-        write: is called with a `Maker`, the constants, and the values of the numbers.
+        write: is called with a `Block`, the constants, and the values of the numbers.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         known = [constant.literal_value for constant in constants]
-        write(Maker(builder, like), *known, *args[1 + len(known) :])
+        write(Block(builder, like), *known, *args[1 + len(known) :])
         return context.get_dummy_value()
 
     return types.void(like, *constants, *[types.int64] * numbers), code
@@ -225,21 +180,21 @@ def weigh(typingctx, like, across, left, right, into, total, run, jump):
 
     def write(m, across, left, right, into, total, run, jump):
         sums = m.outer(across, (1, across), ACROSS * m.lanes, (left, right), (total, run, jump))
-        _leave(m, sums, into, ir.Constant(INT, 1))
+        _leave(m, sums, into, INT(1))
 
     return code_of(like, (across,), 6, write)
 
 
-def _leave(m: Maker, sums: list[list[Any]], into: Any, add: Any) -> None:
+def _leave(m: Block, sums: list[list[Any]], into: Any, add: Any) -> None:
     """Sums go to memory, lines `ACROSS` vectors apart, or are added to it."""
     lines = [m.at(into, r * ACROSS, m.bytes) for r in range(len(sums))]
     _put(m, [(line, at) for line, at in zip(sums, lines, strict=True)], add)
 
 
-def _put(m: Maker, lines: list[tuple[list[Any], Any]], add: Any) -> None:
+def _put(m: Block, lines: list[tuple[list[Any], Any]], add: Any) -> None:
     """Each line of vectors to its address, or added to what is there."""
     pairs = [(v, m.at(at, n, m.bytes)) for line, at in lines for n, v in enumerate(line)]
-    with m.to.if_then(m.to.icmp_signed("!=", add, ir.Constant(INT, 0))):
+    with m.to.if_then(m.to.icmp_signed("!=", add, INT(0))):
         for variable, place in pairs:
             m.to.store(m.to.fadd(m.to.load(variable), m.load(place)), variable)
     for variable, place in pairs:
@@ -296,9 +251,9 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
 
     def write(m, across, left, right, total, rows, table, image, kernel, found, dots):
         to, places = m.to, (image, kernel, found, dots)
-        counts = (total, total, ir.Constant(INT, 0))
+        counts = (total, total, INT(0))
         for r, line in enumerate(m.outer(across, m.steps, 1, (left, right), counts)):
-            with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
+            with to.if_then(to.icmp_signed("<", INT(r), rows)):
                 columns = [m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2)]
                 for v, variable in enumerate(line):
                     _share(m, to.load(variable), v * m.lanes, columns, places)
@@ -306,7 +261,7 @@ def pull(typingctx, like, across, left, right, total, rows, table, image, kernel
     return code_of(like, (across,), 10, write)
 
 
-def _share(m: Maker, Z: Any, further: int, columns: Any, places: Any) -> None:
+def _share(m: Block, Z: Any, further: int, columns: Any, places: Any) -> None:
     """What some numbers Z of a row give to the gradients of image and kernel."""
     there, here = (m.at(place, further) for place in columns)
     image, kernel, found, dots = places
@@ -339,17 +294,17 @@ def pull_turned(
 
     def write(m, panels, left, apart, right, total, rows, table, image, kernel, found, dots):
         to, places = m.to, (image, kernel, found, dots)
-        counts = (total, total, ir.Constant(INT, 0))
+        counts = (total, total, INT(0))
         sums = m.outer_turned(panels, apart, (left, right), counts)
         sums = [[to.load(variable) for variable in line] for line in sums]
         for r in range(panels * m.steps[0]):
-            with to.if_then(to.icmp_signed("<", ir.Constant(INT, r), rows)):
+            with to.if_then(to.icmp_signed("<", INT(r), rows)):
                 columns = [m.load(m.at(table, 2 * r + n, 8), INT) for n in range(2)]
                 Z = ir.Constant(ir.VectorType(m.number, COLUMNS), ir.Undefined)
                 for c, line in enumerate(sums):
-                    lane = ir.Constant(INDEX, r % m.lanes)
+                    lane = LANE(r % m.lanes)
                     one = to.extract_element(line[r // m.lanes], lane)
-                    Z = to.insert_element(Z, one, ir.Constant(INDEX, c))
+                    Z = to.insert_element(Z, one, LANE(c))
                 _share(m, Z, 0, columns, places)
 
     return code_of(like, (panels,), 10, write)
@@ -379,8 +334,8 @@ def adapt(
         with cgutils.for_range(to, taps) as tap:
             first = m.at(kernel, to.mul(tap.index, line), m.size)
             factors = [m.load(m.at(first, v, m.bytes)) for v in range(across)]
-            x = m.place(m.at(image, m.load(m.at(table, tap.index, 8), INT), m.size))
-            y = m.place(m.at(into, to.mul(tap.index, apart), m.size))
+            x = m.variable(m.at(image, m.load(m.at(table, tap.index, 8), INT), m.size))
+            y = m.variable(m.at(into, to.mul(tap.index, apart), m.size))
             with cgutils.for_range(to, channels):
                 for v, factor in enumerate(factors):
                     seen = m.load(m.at(to.load(x), v, m.bytes))
