@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from pacswap.ops import taps
 from pacswap.ops.forms import exponential, pulls
@@ -85,7 +84,7 @@ def tap_distance(
 ) -> Tensor:
     """As `reference.tap_distance`; keeps only the guidance and the centre for backward."""
     if _learns(guidance, centre):
-        return _apply(_TapDistance, guidance, centre, window, measure, channel_wise, engine)
+        return _TapDistance.apply(guidance, centre, window, measure, channel_wise, engine)
     return engine.distances(guidance, centre, window, measure, channel_wise)
 
 
@@ -106,7 +105,7 @@ def tap_exponential(
         scale, divisor = divisor, divisor.detach().item()
     if _learns(guidance, centre, scale):
         given = (guidance, centre, scale, divisor, window, measure, engine)
-        return _apply(_TapExponential, *given)
+        return _TapExponential.apply(*given)
     return engine.exponentials(guidance, centre, window, measure, divisor)
 
 
@@ -121,7 +120,7 @@ def pac_conv2d(
 ) -> Tensor:
     """As `reference.pac_conv2d`; the output has the memory format that `F.conv2d` would give it."""
     if _learns(input, kernel, weight):
-        output = _apply(_PacConv2d, input, kernel, weight, window, groups, engine)
+        output = _PacConv2d.apply(input, kernel, weight, window, groups, engine)
     else:
         output = engine.convolve(input, kernel, weight, window, groups)
     return output if bias is None else output + bias[:, None, None]
@@ -142,7 +141,7 @@ def attach_kernel_gradient(
     `F.conv2d`, bit for bit, and the kernel still learns. `output` is changed in place (as autograd
     sees it; its values stay).
     """
-    return _apply(_KernelGradient, output, input, kernel, weight, window, groups, engine)
+    return _KernelGradient.apply(output, input, kernel, weight, window, groups, engine)
 
 
 def operations(engine: Any) -> tuple[partial[Tensor], partial[Tensor], partial[Tensor]]:
@@ -159,21 +158,14 @@ def _learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _apply(function: type[torch.autograd.Function], *given: Any) -> Tensor:
-    """`function.apply(*given)` without its look at the signature, as long as a small layer takes.
-
-    It binds defaults, of which there are none here, and asks whether torch.func transforms; a
-    compiler knows the method itself.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*given)
-    given = unwrap_dead_wrappers(given)  # as it does
-    return super(torch.autograd.Function, function).apply(*given)  # type: ignore[misc]
+# Each has one `forward`, without a `setup_context`: torch would look at its signature in each call,
+# which takes as long as a small layer. torch.func, which wants that, has other backends.
 
 
 class _TapDistance(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         guidance: Tensor,
         centre: Tensor | None,
         window: Window,
@@ -181,12 +173,14 @@ class _TapDistance(torch.autograd.Function):
         channel_wise: bool,
         engine: Engine,
     ) -> Tensor:
-        return engine.distances(guidance, centre, window, measure, channel_wise)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        guidance, centre, ctx.window, ctx.measure, ctx.channel_wise, ctx.engine = inputs
+        ctx.window, ctx.measure, ctx.channel_wise, ctx.engine = (
+            window,
+            measure,
+            channel_wise,
+            engine,
+        )
         ctx.save_for_backward(*([guidance] if centre is None else [guidance, centre]))
+        return engine.distances(guidance, centre, window, measure, channel_wise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,6 +204,7 @@ class _TapDistance(torch.autograd.Function):
 class _TapExponential(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         guidance: Tensor,
         centre: Tensor | None,
         scale: Tensor | None,
@@ -218,12 +213,10 @@ class _TapExponential(torch.autograd.Function):
         measure: Measure,
         engine: ExponentialEngine,
     ) -> Tensor:
-        return engine.exponentials(guidance, centre, window, measure, divisor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        guidance, centre, scale, ctx.divisor, ctx.window, ctx.measure, ctx.engine = inputs
+        ctx.divisor, ctx.window, ctx.measure, ctx.engine = divisor, window, measure, engine
+        output = engine.exponentials(guidance, centre, window, measure, divisor)
         ctx.save_for_backward(guidance, centre, scale, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,6 +245,7 @@ class _TapExponential(torch.autograd.Function):
 class _PacConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         kernel: Tensor,
         weight: Tensor,
@@ -259,12 +253,9 @@ class _PacConv2d(torch.autograd.Function):
         groups: int,
         engine: Engine,
     ) -> Tensor:
-        return engine.convolve(input, kernel, weight, window, groups)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, kernel, weight, ctx.window, ctx.groups, ctx.engine = inputs
+        ctx.window, ctx.groups, ctx.engine = window, groups, engine
         ctx.save_for_backward(input, kernel, weight)
+        return engine.convolve(input, kernel, weight, window, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -284,6 +275,7 @@ class _PacConv2d(torch.autograd.Function):
 class _KernelGradient(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         output: Tensor,
         input: Tensor,
         kernel: Tensor,
@@ -292,15 +284,12 @@ class _KernelGradient(torch.autograd.Function):
         groups: int,
         engine: Engine,
     ) -> Tensor:
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        changed, input, kernel, weight, ctx.window, ctx.groups, ctx.engine = inputs
+        ctx.window, ctx.groups, ctx.engine = window, groups, engine
         # An output that is an input counts as a view otherwise, and views of a custom function
         # refuse the in-place activation that often follows.
-        ctx.mark_dirty(changed)
+        ctx.mark_dirty(output)
         ctx.save_for_backward(input, kernel, weight)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -114,10 +114,9 @@ def _raw(tensor: Tensor) -> Tensor:
     wide = compute_dtype(tensor.dtype)
     if torch._is_zerotensor(tensor):
         return torch.zeros(tensor.shape, dtype=wide, device="cpu")
-    tensor = tensor.detach()
     if tensor.dtype == wide and not tensor.is_neg():
         return tensor
-    return tensor.to(wide).resolve_neg()
+    return tensor.detach().to(wide).resolve_neg()
 
 
 def _with_border(image: Tensor, window: Window) -> tuple[Tensor, Window]:

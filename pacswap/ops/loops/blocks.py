@@ -38,6 +38,11 @@ class Vectors:
     high: int
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return (8 << self.axes) // self.lanes
+
+    @property
     def wide(self) -> int:
         """Columns of a block."""
         return registers.ACROSS * self.lanes
@@ -138,6 +143,16 @@ class Blocks:
     pieces: int
     parts: int = 1
     run: int = 1
+
+    @cached_property
+    def items(self) -> int:
+        """What threads share forward: runs of chunks of images, and parts of the channels."""
+        return self.shape.batch * (len(self.chunks) // self.run) * self.parts
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether the weight is laid out once for all items: each would do it itself else."""
+        return not self.shape.is_sparse and self.items > self.threads
 
     @cached_property
     def each(self) -> int:

@@ -18,13 +18,12 @@ from pacswap.ops.loops.blocks import (
     shape_of,
     vectors_of,
 )
+from pacswap.ops.loops.rooms import Room, blocks_at_once, forward_room, pull_room, weigh_room
 from pacswap.ops.loops.threads import parts, shared
 from pacswap.ops.window import Window
 
 # Multiply-adds in the time of one number of another loop.
 _PRODUCTS = 16
-# Blocks of outputs that the weight's gradient takes at once: K·v of them stays in the second cache.
-_ONCE = 3
 # Numbers that the threads' gradients of K may have in any case: 1 MB of float32.
 _LEAST_DOTS = 1 << 18
 
@@ -50,26 +49,15 @@ def convolve(
     threads = parts(shape.batch * shape.size[0] * units, shape.products // _PRODUCTS)
     work = forward_blocks(shape, vectors, threads)
     factors = _factors(kernel, work)
-    items = shape.batch * (len(work.chunks) // work.run) * work.parts
-    packed = None if shape.is_sparse or items <= threads else _packed(weight, work)
-    own = (
-        min(units // groups, -(-units // work.parts)) * vectors.high
-    )  # outputs' channels of a part
-    panels = 0 if packed is not None else -(-own // vectors.step) + 1
-    numbers = (
-        work.each * window.taps * vectors.wide,
-        panels * work.each * window.taps * vectors.step,
-        own * work.run_blocks * vectors.wide,
-        work.columns,
-    )
-    room, begins = _room(image, numbers, work)
+    packed = _packed(weight, work) if work.is_packed else None
+    room, begins = _room(image, threads, forward_room(work))
     given = [
         *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
         *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
         *(work.piece_orders.ctypes.data, *begins),
         *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts, work.run),
     ]
-    _run(machine_dense.forward, work, image, items, threads, given)
+    _run(machine_dense.forward, work, image, work.items, threads, given)
 
 
 def gradients(
@@ -131,8 +119,7 @@ def _pull(
     # Each thread has its own gradient of K, of some chunks: no more than the image has numbers.
     once = max(1, min(images, max(image.numel(), _LEAST_DOTS) // (work.threads * each)))
     dots = image.new_empty(work.threads * once * each)
-    numbers = (_whole(work.rows, vectors.step) * shape.outs, work.columns, work.columns)
-    room, (own, _, begin, _) = _room(image, (0, *numbers), work)
+    room, (own, begin, _) = _room(image, work.threads, pull_room(work))
     for first in range(0, images, once):
         last = min(images, first + once)
         dots.zero_()
@@ -153,24 +140,18 @@ def _pull(
 
 def _weigh(image: Tensor, factors: Tensor, grad: Tensor, grad_weight: Tensor, work: Blocks) -> None:
     """Fill the weight's gradient."""
-    shape, vectors = work.shape, work.vectors
-    wide, matrices, outputs = (
-        vectors.wide,
-        shape.batch * shape.groups,
-        shape.size[0] * shape.size[1],
-    )
+    shape, wide = work.shape, work.vectors.wide
+    matrices, outputs = shape.batch * shape.groups, shape.size[0] * shape.size[1]
     panels = -(-shape.outs // wide)
     turned = image.new_empty(matrices * panels * outputs * wide)
     given = [grad.data_ptr(), turned.data_ptr(), work.places.ctypes.data, work.places.size]
     given += [shape.outs, outputs, wide, 1]
     count = matrices * panels
     _run(machine_panels.pack, work, image, count, parts(count, turned.numel()), given)
-    deep, once = _whole(work.rows, vectors.high), min(_ONCE, work.blocks)
-    numbers = (once * deep * wide, panels * deep * wide, work.columns)
-    room, (each, sums, columns) = _room(image, numbers, work)
+    room, (each, sums, columns) = _room(image, work.threads, weigh_room(work))
     given = [
         *(image.data_ptr(), factors.data_ptr(), turned.data_ptr(), grad_weight.data_ptr()),
-        *(room.data_ptr(), each, sums, columns, once, shape.batch, shape.groups),
+        *(room.data_ptr(), each, sums, columns, blocks_at_once(work), shape.batch, shape.groups),
         *(shape.ins, shape.outs, work.pieces, work.lot),
     ]
     _run(machine_gradients.weights, work, image, shape.groups * work.pieces, work.threads, given)
@@ -198,17 +179,9 @@ def _packed(weight: Tensor, work: Blocks) -> Tensor:
     return packed
 
 
-def _room(like: Tensor, numbers: Sequence[int], work: Blocks) -> tuple[Tensor, list[int]]:
-    """Memory for each thread, and (numbers of one, where each part but the first begins)."""
-    begins = [0]
-    for count in numbers:
-        begins.append(begins[-1] + _whole(count, 64 // like.itemsize))
-    *begins, each = begins
-    return like.new_empty(work.threads * each), [each, *begins[1:]]
-
-
-def _whole(count: int, step: int) -> int:
-    return -(-count // step) * step
+def _room(like: Tensor, threads: int, room: Room) -> tuple[Tensor, tuple[int, ...]]:
+    """Memory for all threads, and (numbers of one, where each part but the first begins)."""
+    return like.new_empty(threads * room.each), (room.each, *room.begins)
 
 
 def _run(

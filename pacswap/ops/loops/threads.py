@@ -120,17 +120,15 @@ def shared(
         given: addresses, sizes and other numbers.
         axes: of the array of the dtype; `registers` says what they mean.
     """
-    head = [0, threads, count, len(given), 0, 0, 0]
-    packed = np.array([*head, *given], dtype=np.int64)
     if threads == 1:
-        loop(0, count, 0, packed[_HEAD:], _EMPTY[like.dtype, axes])
+        loop(0, count, 0, np.array(given, dtype=np.int64), _EMPTY[like.dtype, axes])
         return
-    packed[4] = packed.ctypes.data
-    entry = _parallel()
+    entry, (region, address) = _parallel(), _entered(loop, like.dtype, axes)
     assert entry is not None  # `parts` asked
-    none = _EMPTY[like.dtype, axes]
-    packed[6] = _address(loop, like.dtype, axes)
-    entry(_region(none.dtype, axes).address, packed.ctypes.data, threads, 0)
+    head = (0, threads, count, len(given), 0, 0, address)
+    packed = (ctypes.c_int64 * (_HEAD + len(given)))(*head, *given)
+    packed[4] = place = ctypes.addressof(packed)
+    entry(region.address, place, threads, 0)
     if packed[5] != threads:
         raise RuntimeError(f"{packed[5]} of {threads} parts of a compiled loop came to their end.")
 
@@ -153,12 +151,14 @@ _EMPTY: dict[tuple[torch.dtype, int], Any] = {
 
 
 @lru_cache(maxsize=64)
-def _address(loop: Any, dtype: torch.dtype, axes: int) -> int:
-    """Of a loop's machine code, compiled or taken from the disk."""
-    kinds = (types.int64, types.int64, types.int64, _GIVEN, numba.typeof(_EMPTY[dtype, axes]))
+def _entered(loop: Any, dtype: torch.dtype, axes: int) -> tuple[Any, int]:
+    """What threads enter, and the address of a loop's machine code, compiled or from the disk."""
+    none = _EMPTY[dtype, axes]
+    kinds = (types.int64, types.int64, types.int64, _GIVEN, numba.typeof(none))
     loop.compile(kinds)
     made = loop.get_compile_result(types.void(*kinds))
-    return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)
+    name = made.fndesc.llvm_cfunc_wrapper_name
+    return _region(none.dtype, axes), made.library.get_pointer_to_function(name)
 
 
 _GIVEN = types.Array(types.int64, 1, "C")
