@@ -35,7 +35,7 @@ def written(tmp_path, monkeypatch):
 
     def write(factor: int) -> ModuleType:
         (tmp_path / "callee.py").write_text(CALLEE.format(factor), encoding="utf-8")
-        monkeypatch.setattr(threads, "_sources", lambda: f"sources of {factor}")
+        monkeypatch.setattr(threads, "_SOURCES", f"sources of {factor}")
         for name in ("callee", "caller"):
             file = tmp_path / f"{name}.py"
             module = ModuleType(name)
@@ -64,19 +64,25 @@ def test_what_calls_changed_code_is_compiled_again(written):
 
 def test_without_the_fingerprint_the_old_code_is_taken(written, monkeypatch):
     """The twin: numba alone looks at one file."""
-    monkeypatch.setattr(threads._Cache, "_index_key", threads.FunctionCache._index_key)
+    monkeypatch.setattr(threads, "_Cache", threads.FunctionCache)
     assert written(2).times(10) == 20
     assert written(3).times(10) == 20
 
 
-def test_the_fingerprint_is_that_of_all_files(tmp_path, monkeypatch):
-    made = threads._sources.__wrapped__
+def test_old_code_is_written_over(written, tmp_path):
+    for factor in (2, 3, 4):
+        assert written(factor).times(10) == 10 * factor
+    kept = sorted(file.name for file in tmp_path.rglob("*.nbc"))
+    assert [name.split("-")[0] for name in kept] == ["callee.factor", "caller.times"]
+
+
+def test_the_fingerprint_is_that_of_all_files(tmp_path):
     for name in ("threads.py", "vectors.py"):
         (tmp_path / name).write_text("a = 1\n", encoding="utf-8")
-    monkeypatch.setattr(threads, "__file__", str(tmp_path / "threads.py"))
-    before = made()
+    before = threads._fingerprint(tmp_path)
     (tmp_path / "vectors.py").write_text("a = 2\n", encoding="utf-8")
-    assert made() != before
+    assert threads._fingerprint(tmp_path) != before
+    assert threads._fingerprint(Path(threads.__file__).parent) == threads._SOURCES
 
 
 def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch):

@@ -80,14 +80,15 @@ def test_the_exponential_is_right_to_the_last_digits(dtype):
     asked = torch.cat([torch.linspace(0, 0.99 * least, 4001), torch.rand(2000) * 2])
     guidance = torch.stack([torch.zeros(6001), asked.sqrt()], dim=1).to(dtype)[None, None]
     window = make_window((1, 2))
-    d = ops.tap_distance(guidance, window, backend="loops")[..., ::2]
-    kernel = distance.distances(guidance, None, window, square=True, divisor=-1.0)[..., ::2]
-    truth = (-d.double()).exp()
-    wrong = ((kernel.double() - truth).abs() / truth).max().item()
-    # e^x of a rounded x would be wrong by x roundings.
-    assert wrong <= 1.5 * torch.finfo(dtype).eps, wrong
-    worse = ((-(d.double() * (1 + 2**-20))).exp() - truth).abs() / truth
-    assert worse.max() > 1.5 * torch.finfo(torch.float32).eps  # the twin
+    d = ops.tap_distance(guidance, window, backend="loops")
+
+    def wrong(divisor: float) -> float:
+        kernel = distance.distances(guidance, None, window, square=True, divisor=divisor)
+        truth = (-d.double()).exp()
+        return ((kernel.double() - truth).abs() / truth).max().item() / torch.finfo(dtype).eps
+
+    assert wrong(-1.0) <= 1.5
+    assert wrong(-1.0 - 2 * torch.finfo(dtype).eps) > 1.5  # the twin
 
 
 @every_form
@@ -160,9 +161,52 @@ def test_nan_and_infinity_are_not_hidden():
     assert found.isnan().any() and found[:, :, others].isnan().sum() == 16
 
 
-def test_a_guidance_of_no_channels_is_alike_everywhere():
-    kernel = made(torch.zeros(2, 0, 4, 5), 2.0, "3x3", "gaussian", "loops")
-    assert_equal(kernel, torch.ones(2, 1, 9, 4, 5))
+@pytest.mark.parametrize("distance", ["sum", "mean"])
+@pytest.mark.parametrize("backend", ["loops", "taps", "eager"])
+def test_a_guidance_of_no_channels_is_alike_everywhere(backend, distance):
+    width = torch.tensor(2.0, requires_grad=True)
+    given: Any = {"distance": distance}
+    kernel = made(torch.zeros(2, 0, 4, 5), width, "3x3", "gaussian", backend, **given)
+    assert_equal(kernel.detach(), torch.ones(2, 1, 9, 4, 5))
+    assert_equal(torch.autograd.grad(kernel.sum(), width)[0], torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("width", [-1.5, -0.0, 0.0])
+def test_a_width_that_is_not_positive_is_as_wrong_as_elsewhere(width):
+    """The library cannot look at a tensor's value on every device."""
+    guidance = torch.randn(1, 2, 6, 7)
+    found, plain = (
+        made(guidance, torch.tensor(width), "3x3", "laplacian", backend)
+        for backend in ("loops", "taps")
+    )
+    torch.testing.assert_close(found, plain, equal_nan=True)
+
+
+def test_features_of_inference_mode_and_a_width_that_learns():
+    with torch.inference_mode():
+        guidance = torch.randn(1, 3, 6, 7)
+    found = []
+    for backend in ("loops", "taps"):
+        width = torch.tensor(1.5, requires_grad=True)
+        kernel = made(guidance, width, "3x3", "gaussian", backend)
+        found.append(torch.autograd.grad(kernel.sum(), width)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_a_gradient_without_memory():
+    guidance = torch.randn(1, 3, 6, 7, requires_grad=True)
+    kernel = made(guidance, 1.5, "3x3", "gaussian", "loops")
+    none = torch._efficientzerotensor(kernel.shape)
+    assert_equal(torch.autograd.grad(kernel, guidance, none)[0], torch.zeros(1, 3, 6, 7))
+
+
+def test_a_width_of_another_kind_of_tensor_stays_one():
+    class Kind(Tensor):
+        pass
+
+    width = torch.tensor(1.5).as_subclass(Kind)
+    kernel = made(torch.randn(1, 3, 6, 7), width, "3x3", "gaussian", "loops")
+    assert type(kernel) is Kind
 
 
 def test_half_precision_is_rounded_once():
@@ -173,7 +217,7 @@ def test_half_precision_is_rounded_once():
     assert_equal(found, truth.bfloat16())
 
 
-def test_gradients_of_far_pixels_are_no_subnormal_numbers():
+def test_where_the_kernel_is_at_its_least_the_gradient_is_0():
     kernel = torch.tensor([0.5, 1e-3, forms.LEAST * torch.finfo(torch.float32).tiny])
     pulled = forms.pulls(torch.full((3,), 0.25), kernel, -2.0)
     assert_equal(pulled, torch.tensor([-0.0625, -1.25e-4, 0.0]))

@@ -260,6 +260,21 @@ def test_any_number_of_columns(count, vectors):
     assert_all_close64(pac(case, given, "loops"), pac(case, given, "reference"))
 
 
+@pytest.mark.parametrize("channels", [16, 17, 24, 40])
+@pytest.mark.parametrize("count", [1, 3])  # a thread may begin within a panel
+def test_in_single_precision_a_few_columns_are_as_good(channels, count, vectors):
+    torch.set_num_threads(count)
+    for size in ((7, 7), (3, 13), (5, 11)):
+        case = Case(padding=1, channels=(11, channels), image=(2, *size))
+        given = case.tensors(torch.float32)
+        truth, plain = pac(case, wide(given), "reference"), pac(case, given, "taps")
+        found = pac(case, given, "loops")
+        for quantity in ("output", "grad_input", "grad_guidance", "grad_weight"):
+            factor = 3.0 if quantity.startswith("grad_") else 2.0
+            named = {"factor": factor, "name": quantity}
+            assert_as_good_as(found[quantity], truth[quantity], plain[quantity], **named)
+
+
 def test_which_columns_are_computed_in_vectors_of_rows():
     like = np.empty((0, 0, 0), np.float32)  # 16 lanes, panels of 16 rows
     asked = {rest: few(like, rest, True) for rest in range(1, 49)}

@@ -39,7 +39,8 @@ def pulls(grad: Tensor, kernel: Tensor, divisor: float | Tensor) -> Tensor:
         divisor: as there.
     """
     at_least = kernel < (LEAST + 0.5) * torch.finfo(kernel.dtype).tiny
-    return (grad * kernel).div_(divisor).masked_fill_(at_least, 0.0)
+    # In this order: a gradient without memory cannot be changed in place.
+    return (kernel / divisor).mul_(grad).masked_fill_(at_least, 0.0)
 
 
 def kernel_of(

@@ -98,15 +98,19 @@ def tap_exponential(
 ) -> Tensor:
     """e^(d / divisor) of `tap_distance`; keeps itself, the guidance and the centre for backward.
 
-    d is computed again where the divisor, a scalar, learns.
+    d is computed again where the divisor, a scalar, learns. Where there is no such pass (a divisor
+    that is not negative, features of inference mode) it is made of `tap_distance`.
     """
-    scale = None
+    scale, number = None, divisor
     if isinstance(divisor, Tensor):
-        scale, divisor = divisor, divisor.detach().item()
-    if _learns(guidance, centre, scale):
-        given = (guidance, centre, scale, divisor, window, measure, engine)
+        scale, number = divisor, divisor.detach().item()
+    learns = _learns(guidance, centre, scale)
+    if not number < 0 or (learns and _is_unkept(guidance, centre)):
+        return exponential(tap_distance(engine, guidance, centre, window, measure, False), divisor)
+    if learns:
+        given = (guidance, centre, scale, number, window, measure, engine)
         return _TapExponential.apply(*given)
-    return engine.exponentials(guidance, centre, window, measure, divisor)
+    return engine.exponentials(guidance, centre, window, measure, float(number))
 
 
 def pac_conv2d(
@@ -145,7 +149,7 @@ def attach_kernel_gradient(
 
 
 def operations(engine: Any) -> tuple[partial[Tensor], partial[Tensor], partial[Tensor]]:
-    """The three above, of one engine, as a backend has them."""
+    """The three functions that every backend has, of one engine."""
     return (
         partial(tap_distance, engine),
         partial(pac_conv2d, engine),
@@ -156,6 +160,11 @@ def operations(engine: Any) -> tuple[partial[Tensor], partial[Tensor], partial[T
 def _learns(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know: it takes longer than a small layer."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_unkept(*tensors: Tensor | None) -> bool:
+    """Whether autograd refuses to keep one: it was made in inference mode."""
+    return any(t is not None and t.is_inference() for t in tensors)
 
 
 # Each has one `forward`, without a `setup_context`: torch would look at its signature in each call,

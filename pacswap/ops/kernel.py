@@ -124,7 +124,7 @@ def adapting_kernel(
     if form == "constant":
         kernel = _ones(features, plane, channel_wise)
     else:
-        count = guidance.shape[1] if distance == "mean" and not channel_wise else 1
+        count = max(1, guidance.shape[1]) if distance == "mean" and not channel_wise else 1
         divisor = None  # of what is computed in one pass
         if form != "inverse" and not counted.divides:
             divisor = divisor_of(form, count, bandwidth, features)
@@ -194,7 +194,9 @@ def _distance(
         d = volume.tap_distance(module, features, window, measure, channel_wise)
     else:
         centre = None if smoothing is None else smoothed_centre(features, smoothing, window)
-        if divisor is not None and hasattr(module, "tap_exponential"):
+        # What a subclass of Tensor does with a division is its own.
+        is_plain = type(divisor) in (int, float, Tensor)
+        if is_plain and hasattr(module, "tap_exponential"):
             return module.tap_exponential(features, centre, window, measure, divisor)
         d = module.tap_distance(features, centre, window, measure, channel_wise)
     return d if divisor is None else exponential(d, divisor)

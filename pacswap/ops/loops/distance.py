@@ -39,7 +39,7 @@ def distances(
         centre: f_p, [B, D, H_out, W_out], or None where it is the centre tap's.
         window: the geometry, with a border of zeros.
         square: φ is the square, else the absolute value.
-        divisor: negative.
+        divisor: negative; None for d.
 
     Returns:
         [B, 1, KH*KW, H_out, W_out].

@@ -22,6 +22,10 @@ from pacswap.ops.loops.registers import ACROSS, COLUMNS, adapt, multiply, multip
 from pacswap.ops.loops.threads import compiled, inner
 from pacswap.ops.loops.vectors import copy
 
+# Of so few input channels the sums of one row of taps are made apart: sums of sums are more exact,
+# as they are where each tap is a matrix product.
+FEW_INPUTS = 64
+
 
 @inner
 def product(
@@ -155,20 +159,39 @@ def add_piece(like: Any, n: int, run: int, places: Any, channels: Any, given: An
         columns(like, image, end, X, c1 - c0, c, lie)
         count = (c1 - c0) * (c[7] - c[6])
         counts = count * (c[5] - c[4]), max(1, count), ((c1 - c0) * KW - count) * step
+        times, jump = 1, (c1 - c0) * KW * step * size
+        if ins < FEW_INPUTS:
+            times, counts = max(1, c[5] - c[4]), (count if c[5] > c[4] else 0, max(1, count), 0)
         start = left + (c[4] * KW + c[6]) * (c1 - c0) * step * size
         for p in range(0, (c[1] - c[0]) * (c[3] - c[2]), wide):
             across = adapted(like, g[1], X, room, p, (c1 - c0, c1 - c0), item, lie)
             rest = few(like, (c[1] - c[0]) * (c[3] - c[2]) - p, is_even)
-            if rest:
-                across -= 1
-                beside, panels = across * sizes(like)[0] * size, (o1 - o0) * high // step
-                here, more = start + o0 * high // step * apart * size, (*counts, a)
-                right, into = room + beside, sums + beside
-                product_turned(like, rest, panels, here, apart, right, into, more)
-            for o in range(o0, o1):
-                here = start + (o * high // step * apart + o * high % step) * size
-                product(like, across, here, room, sums, counts, a)
-                sums += high * wide * size
+            for i in range(times):
+                here, right = start + i * jump, room + i * count * wide * size
+                block, units = (across, rest), (o0, o1)
+                add_block(like, block, (here, apart, right, sums), (*counts, a + i), units)
+            sums += (o1 - o0) * high * wide * size
+
+
+@inner
+def add_block(like: Any, block: Any, places: Any, counts: Any, units: Any) -> None:
+    """Some products of a block of outputs for all channels of the output: their blocks of rows.
+
+    `block`: vectors across, and columns of the last of them that are computed in vectors of rows;
+    `places`: the weight, numbers from panel to panel, K·v and the sums; `counts`: as `multiply`
+    has them, and whether to add.
+    """
+    size, (lanes, high, step), (across, rest) = like.itemsize, sizes(like), block
+    (left, apart, right, sums), (total, run, jump, more), (o0, o1) = places, counts, units
+    if rest:
+        across -= 1
+        beside, panels = across * lanes * size, (o1 - o0) * high // step
+        here = left + o0 * high // step * apart * size
+        product_turned(like, rest, panels, here, apart, right + beside, sums + beside, counts)
+    for o in range(o0, o1):
+        here = left + (o * high // step * apart + o * high % step) * size
+        into = sums + (o - o0) * high * ACROSS * lanes * size
+        product(like, across, here, right, into, (total, run, jump), more)
 
 
 @inner

@@ -60,17 +60,21 @@ class _Cache(FunctionCache):
     numba looks at the file of the function alone, and what that calls would be the old one's.
     """
 
-    def _index_key(self, *given: Any) -> Any:
-        return *super()._index_key(*given), _sources()
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = self._cache_file._source_stamp, _SOURCES
 
 
-@lru_cache(maxsize=1)
-def _sources() -> str:
-    """A fingerprint of what the loops are compiled from."""
+def _fingerprint(folder: Path) -> str:
+    """Of all files of Python in a folder."""
     made = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(folder.glob("*.py")):
         made.update(file.read_bytes())
     return made.hexdigest()
+
+
+# Now, when the code is read: a file that is edited later is not what is compiled then.
+_SOURCES = _fingerprint(Path(__file__).parent)
 
 
 @intrinsic
