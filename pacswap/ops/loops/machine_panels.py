@@ -167,31 +167,31 @@ def columns(like: Any, image: int, end: int, X: int, channels: int, c: Any, lie:
     """
     size, lanes, wide = like.itemsize, sizes(like)[0], c[3] - c[2]
     W, down, across, room = lie[1], lie[6], lie[7], lie[12]
-    start = X
-    for n in range(channels):
-        for j in range(c[6], c[7]):
-            for phase in range(down):
-                y0, y1, x0, x1, at = stretch(c, j, phase, lie)
-                source, into = image + (n * lie[0] * W + at) * size, start + (y0 * wide + x0) * size
-                rows, count = y1 - y0, x1 - x0
-                clear(like, start, y0 * wide)
-                last = source + ((rows - 1) * down * W + (count + lanes) * across) * size
-                if rows > 0 and across == 1 and down == 1 and wide == W:
-                    copy(like, into, source, (rows - 1) * W + count)
-                elif across <= 2 and last <= end:
-                    # What a row has too much lies where the next one comes, or zeros.
-                    vectors = -(-count // lanes)
-                    if across == 1:
-                        copy_rows(like, 1, into, wide, source, down * W, rows, vectors)
-                    else:
-                        copy_rows(like, 2, into, wide, source, down * W, rows, vectors)
+    each, apart = (c[7] - c[6]) * down * room * size, lie[0] * W * size  # of a channel
+    for part in range((c[7] - c[6]) * down):
+        # Divisions take longer than a small copy: not for each channel.
+        y0, y1, x0, x1, at = stretch(c, c[6] + part // down, part % down, lie)
+        rows, count = y1 - y0, x1 - x0
+        vectors, is_whole = -(-count // lanes), across == 1 and down == 1 and wide == W
+        reach = ((rows - 1) * down * W + (count + lanes) * across) * size
+        for n in range(channels):
+            start, source = X + part * room * size + n * each, image + at * size + n * apart
+            into = start + (y0 * wide + x0) * size
+            clear(like, start, y0 * wide)
+            if rows > 0 and is_whole:
+                copy(like, into, source, (rows - 1) * W + count)
+            elif across <= 2 and source + reach <= end:
+                # What a row has too much lies where the next one comes, or zeros.
+                if across == 1:
+                    copy_rows(like, 1, into, wide, source, down * W, rows, vectors)
                 else:
-                    for r in range(rows):
-                        line = source + r * down * W * size
-                        copy_steps(like, into + r * wide * size, line, count, across)
-                sides(like, start, wide, (y0, y1, x0, x1))
-                clear(like, start + y1 * wide * size, room - y1 * wide)
-                start += room * size
+                    copy_rows(like, 2, into, wide, source, down * W, rows, vectors)
+            else:
+                for r in range(rows):
+                    line = source + r * down * W * size
+                    copy_steps(like, into + r * wide * size, line, count, across)
+            sides(like, start, wide, (y0, y1, x0, x1))
+            clear(like, start + y1 * wide * size, room - y1 * wide)
 
 
 @inner
@@ -199,23 +199,22 @@ def add_columns(like: Any, X: int, image: int, channels: int, c: Any, lie: Any) 
     """The inverse of `columns`: added to the image."""
     size, wide = like.itemsize, c[3] - c[2]
     W, down, across, room = lie[1], lie[6], lie[7], lie[12]
-    start = X
-    for n in range(channels):
-        for j in range(c[6], c[7]):
-            for phase in range(down):
-                y0, y1, x0, x1, at = stretch(c, j, phase, lie)
-                into, source = image + (n * lie[0] * W + at) * size, start + (y0 * wide + x0) * size
-                if y0 < y1 and across == 1 and down == 1 and wide == W:
-                    sides(like, start, wide, (y0, y1, x0, x1))
-                    add(like, into, source, (y1 - y0 - 1) * W + x1 - x0)
+    each, apart = (c[7] - c[6]) * down * room * size, lie[0] * W * size  # of a channel
+    for part in range((c[7] - c[6]) * down):
+        y0, y1, x0, x1, at = stretch(c, c[6] + part // down, part % down, lie)
+        for n in range(channels):
+            start, into = X + part * room * size + n * each, image + at * size + n * apart
+            source = start + (y0 * wide + x0) * size
+            if y0 < y1 and across == 1 and down == 1 and wide == W:
+                sides(like, start, wide, (y0, y1, x0, x1))
+                add(like, into, source, (y1 - y0 - 1) * W + x1 - x0)
+                continue
+            for r in range(y1 - y0):
+                line, to = source + r * wide * size, into + r * down * W * size
+                if across == 1:
+                    add(like, to, line, x1 - x0)
                 else:
-                    for r in range(y1 - y0):
-                        line, to = source + r * wide * size, into + r * down * W * size
-                        if across == 1:
-                            add(like, to, line, x1 - x0)
-                        else:
-                            add_steps(like, to, line, x1 - x0, across)
-                start += room * size
+                    add_steps(like, to, line, x1 - x0, across)
 
 
 @inner
