@@ -10,6 +10,7 @@ import pytest
 import torch
 from numerics import Case, assert_all_close64, assert_as_good_as, fresh_memory_is_nan, pac, wide
 
+from pacswap import ops
 from pacswap.ops.loops import machine_dense, moves, registers, threads
 from pacswap.ops.loops.registers import ACROSS, COLUMNS
 
@@ -235,44 +236,57 @@ def vectors(request, monkeypatch):
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("count", [1, 5])  # five threads are more than there is work
-def test_with_other_vectors_it_is_the_reference(name, count, vectors):
-    torch.set_num_threads(count)
-    given = SMALL[name].tensors()
-    assert_all_close64(pac(SMALL[name], given, "loops"), pac(SMALL[name], given, "reference"))
-
-
-def test_with_other_vectors_it_is_as_good_as_torch(vectors):
-    case = SMALL["odd"]
+def assert_good(case: Case) -> None:
+    """Raise unless the output and every gradient are as exact as torch's operations make them."""
     given = case.tensors(torch.float32)
     truth, plain = pac(case, wide(given), "reference"), pac(case, given, "taps")
     found = pac(case, given, "loops")
-    for quantity in ("output", "grad_input", "grad_weight"):
-        assert_as_good_as(found[quantity], truth[quantity], plain[quantity], 2.0, name=quantity)
+    for quantity in ("output", "grad_input", "grad_guidance", "grad_weight"):
+        named = {"factor": 3.0 if quantity.startswith("grad_") else 2.0, "name": quantity}
+        assert_as_good_as(found[quantity], truth[quantity], plain[quantity], **named)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("count", [1, 5])  # five threads are more than there is work
+def test_it_is_the_reference(name, count, monkeypatch):
+    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+    torch.set_num_threads(count)
+    given = SMALL[name].tensors()
+    assert_all_close64(pac(SMALL[name], given, "loops"), pac(SMALL[name], given, "reference"))
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("count", [1, 5])
+def test_with_other_vectors_it_is_as_good_as_torch(name, count, vectors):
+    torch.set_num_threads(count)
+    assert_good(SMALL[name])
 
 
 @pytest.mark.parametrize("count", range(1, 49))
 def test_any_number_of_columns(count, vectors):
     """Of which some are computed in vectors of rows."""
-    case = Case((1, 3), padding=(0, 1), channels=(3, 16), image=(1, 1, count))
-    given = case.tensors()
-    assert_all_close64(pac(case, given, "loops"), pac(case, given, "reference"))
+    assert_good(Case((1, 3), padding=(0, 1), channels=(3, 16), image=(1, 1, count)))
 
 
 @pytest.mark.parametrize("channels", [16, 17, 24, 40])
 @pytest.mark.parametrize("count", [1, 3])  # a thread may begin within a panel
-def test_in_single_precision_a_few_columns_are_as_good(channels, count, vectors):
+def test_a_few_columns_of_any_number_of_rows(channels, count, vectors):
     torch.set_num_threads(count)
     for size in ((7, 7), (3, 13), (5, 11)):
-        case = Case(padding=1, channels=(11, channels), image=(2, *size))
-        given = case.tensors(torch.float32)
-        truth, plain = pac(case, wide(given), "reference"), pac(case, given, "taps")
-        found = pac(case, given, "loops")
-        for quantity in ("output", "grad_input", "grad_guidance", "grad_weight"):
-            factor = 3.0 if quantity.startswith("grad_") else 2.0
-            named = {"factor": factor, "name": quantity}
-            assert_as_good_as(found[quantity], truth[quantity], plain[quantity], **named)
+        assert_good(Case(padding=1, channels=(11, channels), image=(2, *size)))
+
+
+def test_a_wrong_column_is_seen(monkeypatch):
+    """The twin of the tests above."""
+    right = ops.pac_conv2d
+
+    def shifted(*given: Any, **options: Any) -> torch.Tensor:
+        return right(*given, **options).roll(options["backend"] == "loops", -1)
+
+    monkeypatch.setattr(ops, "pac_conv2d", shifted)
+    with pytest.raises(AssertionError, match="× baseline"):
+        assert_good(SMALL["a_few_columns"])
 
 
 def test_which_columns_are_computed_in_vectors_of_rows():
