@@ -1,5 +1,10 @@
 """The same numbers for every test, and one thread: two wait for each other on shared cores."""
 
+import os
+
+# Before anything reads it: nothing is downloaded, and nobody waits for a hub that is not there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 

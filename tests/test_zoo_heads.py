@@ -190,7 +190,6 @@ def test_deeplab_keeps_every_size_and_the_backbones_normalisation():
 
 
 def test_deeplab_without_a_network_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(WeightsError) as raised:
         build(replace(NET, weights="DEFAULT"))
