@@ -282,7 +282,7 @@ def test_a_wrong_column_is_seen(monkeypatch):
     right = ops.pac_conv2d
 
     def shifted(*given: Any, **options: Any) -> torch.Tensor:
-        return right(*given, **options).roll(options["backend"] == "loops", -1)
+        return right(*given, **options).roll(int(options["backend"] == "loops"), -1)
 
     monkeypatch.setattr(ops, "pac_conv2d", shifted)
     with pytest.raises(AssertionError, match="× baseline"):
