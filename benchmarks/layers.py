@@ -236,7 +236,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 0.45 * len(layers) + 1.5), sharey=True)
+    options: Any = {"sharey": True, "layout": "constrained"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 0.45 * len(layers) + 1.5), **options)
     for axis, what in zip(axes, ("forward", "step", "memory"), strict=True):
         for i, contender in enumerate(contenders):
             found = {
@@ -246,13 +247,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             values = [row["median"] for row in found.values()]
             axis.barh(places, values, height=0.25, label=contender)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set_xscale("log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title({"step": "forward and backward", "memory": "peak memory"}.get(what, what))
         axis.set_xlabel("times the plain convolution's")
     axes[0].set_yticks(range(len(layers)), layers)
     axes[0].invert_yaxis()
-    axes[0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
 
 

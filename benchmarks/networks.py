@@ -1,6 +1,6 @@
 """Whole networks: upgraded against original, in turns, in one process.
 
-    python benchmarks/networks.py [--seconds 10] [--networks GLOB …] [--csv FILE]
+    python benchmarks/networks.py [--seconds 10] [--networks GLOB …] [--csv FILE] [--plot FILE]
     python benchmarks/networks.py --growth [--csv FILE] [--plot FILE]  # by size, by swapped layers
 
 Prints ratios of the upgraded network to the original: forward, a training step (forward, loss,
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--largest", type=int, default=2048, help="image side of --growth")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--csv", type=Path, help="write the figures there")
-    parser.add_argument("--plot", type=Path, help="draw those of --growth there")
+    parser.add_argument("--plot", type=Path, help="draw them there")
     options = parser.parse_args(words)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -172,7 +172,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["network"] for row in rows))
-    figure, axis = pyplot.subplots(figsize=(9, 0.4 * len(names) + 1.5))
+    size = (9, 0.4 * len(names) + 1.5)
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     for i, what in enumerate(("forward", "step", "memory of a step")):
         found = {row["network"]: row["median"] for row in rows if row["what"] == what}
         places = [names.index(name) + 0.25 * (i - 1) for name in found]
@@ -181,8 +182,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel("times the original's")
-    axis.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
