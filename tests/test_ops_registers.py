@@ -289,6 +289,27 @@ def test_a_wrong_column_is_seen(monkeypatch):
         assert_good(SMALL["a_few_columns"])
 
 
+@pytest.mark.parametrize("channels", [(16, 32), (256, 16), (1024, 8), (384, 384)], ids=str)
+def test_long_sums_are_as_exact_as_torchs(channels):
+    """Channels are summed up piece by piece, forward and for K's gradient; 384 are depthwise."""
+    groups = 384 if channels == (384, 384) else 1
+    shapes = (1, channels[0], 10, 10), (1, 1, 9, 10, 10), (channels[1], channels[0] // groups, 3, 3)
+    given = [torch.rand(shape) - 0.5 for shape in shapes]
+    cotangent = torch.randn(1, channels[1], 10, 10)
+
+    def made(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in given]
+        output = ops.pac_conv2d(*leaves, padding=1, groups=groups, backend=backend)
+        return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(dtype))]
+
+    truth, plain = made("reference", torch.float64), made("taps", torch.float32)
+    for value, true, baseline in zip(made("loops", torch.float32), truth, plain, strict=True):
+        assert_as_good_as(value, true, baseline, 2.0)
+    error = (plain[2].double() - truth[2]).abs().max()
+    with pytest.raises(AssertionError, match="× baseline"):  # the twin
+        assert_as_good_as(plain[2] + 5 * error.float(), truth[2], plain[2], 2.0)
+
+
 def test_which_columns_are_computed_in_vectors_of_rows():
     like = np.empty((0, 0, 0), np.float32)  # 16 lanes, panels of 16 rows
     asked = {rest: few(like, rest, True) for rest in range(1, 49)}

@@ -119,7 +119,7 @@ def _pull(
     # Each thread has its own gradient of K, of some chunks: no more than the image has numbers.
     once = max(1, min(images, max(image.numel(), _LEAST_DOTS) // (work.threads * each)))
     dots = image.new_empty(work.threads * once * each)
-    room, (own, begin, _) = _room(image, work.threads, pull_room(work))
+    room, (own, begin, _, apart) = _room(image, work.threads, pull_room(work))
     for first in range(0, images, once):
         last = min(images, first + once)
         dots.zero_()
@@ -127,7 +127,7 @@ def _pull(
             *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
             *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
             *(once * each, own, begin, work.columns, shape.batch, shape.groups),
-            *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot, first, last),
+            *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot, first, last, apart),
         ]
         _run(
             machine_gradients.backward, work, image, shape.groups * work.pieces, work.threads, given

@@ -11,7 +11,7 @@ import numpy as np
 
 from pacswap.ops.loops.machine_dense import adapted, few
 from pacswap.ops.loops.machine_panels import add_columns, chunk, columns, sizes, taps_of
-from pacswap.ops.loops.moves import clear, copy_rows, copy_steps, turn
+from pacswap.ops.loops.moves import add, clear, copy_rows, copy_steps, turn
 from pacswap.ops.loops.registers import ACROSS, COLUMNS, pull, pull_turned, weigh
 from pacswap.ops.loops.threads import compiled, inner
 from pacswap.ops.loops.vectors import copy
@@ -99,16 +99,19 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     `lay` leaves it, found, dots [threads, ..], a room for each thread and `pull`'s table; numbers
     of dots and a room, where in it columns begin and how many they are, B, groups, channels of a
     group of the input and of the output, pieces of a group, blocks of a chunk, rows of a tap (0:
-    rows lie channel by channel), which of [b, chunk] to do and dots to have, first and last + 1;
-    lie.
+    rows lie channel by channel), which of [b, chunk] to do and dots to have, first and last + 1,
+    where in a room the dots of a piece begin; lie.
+
+    Those of a piece are summed up by themselves: sums of sums are more exact than long ones.
     """
-    g, lie, size = given, given[21:], like.itemsize
+    g, lie, size = given, given[22:], like.itemsize
     B, groups, ins, outs, pieces, most, lot = g[12], g[13], g[14], g[15], g[16], g[17], g[18]
     taps, line, KW, H_W = lie[11], lie[13], lie[10], lie[0] * lie[1]
     lanes, high, step = sizes(like)
     wide, end = ACROSS * lanes, g[0] + B * groups * ins * H_W * size
     packed, dots = g[6] + thread * g[9] * size, g[5] + thread * g[8] * size
     X, found = packed + g[10] * size, packed + (g[10] + g[11]) * size
+    own = packed + g[21] * size
     height = (lot if lot else -(-ins // pieces)) * taps  # rows of the table for a chunk
     for n in range(first, last):
         group, a = n // pieces, n % pieces
@@ -127,7 +130,9 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 across = min(ACROSS, -(-(count - p) // lanes))
                 right = g[3] + ((item * most + p // wide) * groups + group) * outs * wide * size
                 k, d = (item * taps * line + p) * size, ((item - g[19]) * taps * line + p) * size
-                places = X + p * size, g[1] + k, found + p * size, dots + d
+                places = X + p * size, g[1] + k, found + p * size, own + p * size
+                for n_t in range(taps_of(c)):
+                    clear(like, own + (n_t * line + p) * size, wide)
                 rest = few(like, count - p, lot % step == 0)
                 for run in range(runs):
                     t = (c[4] + run // (c[7] - c[6])) * KW + c[6] + run % (c[7] - c[6])
@@ -143,6 +148,9 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                         here = min(high, end_of_it - r)
                         fewer = across - (rest > 0)
                         pulled(like, fewer, left, right, outs, here, table + r * 16, places)
+                for n_t in range(taps_of(c)):
+                    at_t = (n_t * line + p) * size
+                    add(like, dots + d + n_t * line * size, own + at_t, wide)
             add_columns(like, found, g[4] + at, c1 - c0, c, lie)
 
 

@@ -18,6 +18,7 @@ from pacswap.ops.loops.threads import compiled, pointer
 from pacswap.ops.loops.vectors import copy
 
 _ROWS = 2
+_SUMMED = 4  # units of channels whose gradients of K are summed up before they are written
 
 
 @intrinsic(prefer_literal=True)
@@ -242,6 +243,17 @@ def share_all(
 
 
 @compiled
+def leave(dots: Any, each: int, grad: Any, row: int) -> None:
+    """What some channels give to K's gradient, a stretch for each tap, is added to its rows."""
+    for t in range(grad.shape[0]):
+        for y in range(grad.shape[1]):
+            line, source = grad[t, y], dots[t * each + y * row :]
+            for x in range(line.size):
+                line[x] += source[x]
+    dots[:] = 0
+
+
+@compiled
 def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: Any) -> None:
     """What a depthwise convolution's gradient is to its three inputs.
 
@@ -304,5 +316,6 @@ def depthwise_gradients(first: int, last: int, thread: int, given: Any, like: An
                 for c in range(have):
                     own = room[into + c * plane : into + (c + 1) * plane]
                     add_back(own, grad_image[b, c0 + c], top, lie)
-            for t in range(taps):
-                unflatten(room[dots + t * each :], grad_factors[b, t, top : top + count], row)
+                # Sums of sums are more exact than long ones.
+                if unit == last - 1 or (unit - first) % _SUMMED == _SUMMED - 1:
+                    leave(room[dots:], each, grad_factors[b, :, top : top + count], row)

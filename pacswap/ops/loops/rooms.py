@@ -43,10 +43,10 @@ def forward_room(work: Blocks) -> Room:
 
 @lru_cache(maxsize=256)
 def pull_room(work: Blocks) -> Room:
-    """A piece of the weight; columns, and their gradients."""
+    """A piece of the weight; columns, and their gradients; what a piece gives to K's."""
     step = work.vectors.step
     piece = -(-work.rows // step) * step * work.shape.outs
-    return _room(work, piece, work.columns, work.columns)
+    return _room(work, piece, work.columns, work.columns, work.shape.window.taps * work.line)
 
 
 @lru_cache(maxsize=256)
