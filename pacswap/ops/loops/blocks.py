@@ -254,6 +254,16 @@ class Blocks:
         return np.concatenate([self.order(self.each), self.order(max(1, self.each - 1))])
 
     @cached_property
+    def orders_address(self) -> int:
+        """Of `piece_orders`: numpy takes long to say it."""
+        return int(self.piece_orders.ctypes.data)
+
+    @cached_property
+    def pulls_address(self) -> int:
+        """Of `pulls`."""
+        return int(self.pulls.ctypes.data)
+
+    @cached_property
     def places(self) -> NDArray[np.int64]:
         """Where each output comes, chunk by chunk; none where they keep their order."""
         if not self.shape.is_sparse:

@@ -54,7 +54,7 @@ def convolve(
     given = [
         *(image.data_ptr(), factors.data_ptr(), weight.data_ptr()),
         *(0 if packed is None else packed.data_ptr(), output.data_ptr(), room.data_ptr()),
-        *(work.piece_orders.ctypes.data, *begins),
+        *(work.orders_address, *begins),
         *(shape.batch, groups, shape.ins, shape.outs, work.pieces, work.parts, work.run),
     ]
     _run(machine_dense.forward, work, image, work.items, threads, given)
@@ -125,7 +125,7 @@ def _pull(
         dots.zero_()
         given = [
             *(image.data_ptr(), factors.data_ptr(), weight.data_ptr(), laid.data_ptr()),
-            *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls.ctypes.data),
+            *(found.data_ptr(), dots.data_ptr(), room.data_ptr(), work.pulls_address),
             *(once * each, own, begin, work.columns, shape.batch, shape.groups),
             *(shape.ins, shape.outs, work.pieces, work.blocks, work.lot, first, last, apart),
         ]
