@@ -182,21 +182,15 @@ class _TapDistance(torch.autograd.Function):
         channel_wise: bool,
         engine: Engine,
     ) -> Tensor:
-        ctx.window, ctx.measure, ctx.channel_wise, ctx.engine = (
-            window,
-            measure,
-            channel_wise,
-            engine,
-        )
-        ctx.save_for_backward(*([guidance] if centre is None else [guidance, centre]))
+        ctx.window, ctx.engine, ctx.options = window, engine, (measure, channel_wise)
+        ctx.save_for_backward(guidance, centre)
         return engine.distances(guidance, centre, window, measure, channel_wise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Read once: a checkpoint that recomputes them gives them once.
-        guidance, *centres = ctx.saved_tensors
-        centre = centres[0] if centres else None
-        window, options = ctx.window, (ctx.measure, ctx.channel_wise)
+        guidance, centre = ctx.saved_tensors
+        window, options = ctx.window, ctx.options
         results: Any
         if torch.is_grad_enabled() or is_batched(grad):
             results = differentiable_vjp(

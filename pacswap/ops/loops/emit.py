@@ -18,8 +18,9 @@ import torch
 from llvmlite import ir
 from numba.core import cgutils, config, types
 
+from pacswap.ops.forms import LEAST
+
 INT, LANE = ir.IntType(64), ir.IntType(32)
-_BYTE = ir.IntType(8)
 # By bytes of a number: the least that is not subnormal, digits, the last term of the series of e^x,
 # and ln 2 in two parts, of which the first times a whole number is exact.
 _EXPONENTIAL = {
@@ -58,6 +59,7 @@ class Vectors:
         self.lanes = lanes or vector_bytes() // self.size
         self.bytes = self.lanes * self.size
         self.kind = ir.VectorType(self.number, self.lanes)
+        self._bits = ir.VectorType(ir.IntType(8 * self.size), self.lanes)
 
     def parts(self, given: Any) -> list[Any]:
         """The numbers of a tuple."""
@@ -162,9 +164,8 @@ class Vectors:
 
     def absolute(self, a: Any) -> Any:
         """|a|."""
-        bits = ir.VectorType(ir.IntType(8 * self.size), self.lanes)
-        most = ir.Constant(bits, [(1 << (8 * self.size - 1)) - 1] * self.lanes)
-        without_sign = self.to.and_(self.to.bitcast(a, bits), most)
+        most = ir.Constant(self._bits, [(1 << (8 * self.size - 1)) - 1] * self.lanes)
+        without_sign = self.to.and_(self.to.bitcast(a, self._bits), most)
         return self.to.bitcast(without_sign, self.kind)
 
     def signed(self, s: Any, a: Any) -> Any:
@@ -178,11 +179,11 @@ class Vectors:
     def exponential(self, x: Any) -> Any:
         """e^x of x ≤ 0, as e^r · 2ⁿ with n the whole number next to x / ln 2; NaN of NaN.
 
-        x is raised to where e^x is nearly subnormal. The series of e^r, |r| ≤ ln 2 / 2, ends where
-        its rest is below a tenth of a rounding.
+        x is raised to where `forms.exponential` raises it. The series of e^r, |r| ≤ ln 2 / 2, ends
+        where its rest is below a tenth of a rounding.
         """
         tiny, digits, terms, high, low = _EXPONENTIAL[self.size]
-        least = self._same(math.log(2 * tiny))
+        least = self._same(math.log(LEAST * tiny))
         x = self.choose(self.to.fcmp_ordered("<", x, least), least, x)
         # Beside a number this large there is no room for a fraction: its last digits are n.
         magic = self._same(1.5 * 2.0**digits)
@@ -193,10 +194,9 @@ class Vectors:
         made = self._same(1 / math.factorial(terms))
         for k in reversed(range(terms)):
             made = self.sum(self.product(made, r), self._same(1 / math.factorial(k)))
-        bits = ir.VectorType(ir.IntType(8 * self.size), self.lanes)
-        last = self.to.bitcast(scaled, bits)
-        one = self.to.bitcast(self._same(1.0), bits)
-        power = self.to.shl(last, ir.Constant(bits, [digits] * self.lanes))
+        last = self.to.bitcast(scaled, self._bits)
+        one = self.to.bitcast(self._same(1.0), self._bits)
+        power = self.to.shl(last, ir.Constant(self._bits, [digits] * self.lanes))
         power = self.to.bitcast(self.to.add(one, power), self.kind)
         return self.product(made, power)
 
@@ -221,10 +221,10 @@ class Vectors:
 
     def fetch(self, address: Any) -> None:
         """Have the cache get what lies at an address; any address may be named."""
-        pointer, flag = _BYTE.as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, LANE, LANE, LANE])
         function = self.to.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        read, often, data = flag(0), flag(3), flag(1)
+        read, often, data = LANE(0), LANE(3), LANE(1)
         self.to.call(function, [self.to.inttoptr(address, pointer), read, often, data])
 
     @contextmanager

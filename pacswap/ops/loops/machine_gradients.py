@@ -134,19 +134,16 @@ def backward(first: int, last: int, thread: int, given: Any, like: Any) -> None:
                 for n_t in range(taps_of(c)):
                     clear(like, own + (n_t * line + p) * size, wide)
                 rest = few(like, count - p, lot % step == 0)
+                fewer = across - (rest > 0)
                 for run in range(runs):
                     t = (c[4] + run // (c[7] - c[6])) * KW + c[6] + run % (c[7] - c[6])
                     table, end_of_it = g[7] + s * height * 16, t * lot + rows
                     if rest:
-                        first_rows = t * lot, end_of_it
-                        beside = (across - 1) * lanes
-                        pulled_turned(
-                            like, rest, packed, outs, right, first_rows, table, places, beside
-                        )
+                        lines, beside = (t * lot, end_of_it), fewer * lanes
+                        pulled_turned(like, rest, packed, outs, right, lines, table, places, beside)
                     for r in range(t * lot, end_of_it, high):
                         left = packed + (r // step * step * outs + r % step) * size
                         here = min(high, end_of_it - r)
-                        fewer = across - (rest > 0)
                         pulled(like, fewer, left, right, outs, here, table + r * 16, places)
                 for n_t in range(taps_of(c)):
                     at_t = (n_t * line + p) * size
